@@ -1,0 +1,54 @@
+# Two commands matter: `make demo` runs the main job, `make test` runs every test.
+# Both set themselves up: a virtual environment in .venv, and (make test, as root) Debian packages.
+
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PATHS := src tools tests
+SEED ?= 1
+HUNT_SECONDS := $(or $(SECONDS),60)
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+
+.PHONY: all setup demo test check bench sim hunt format clean packages
+
+all: check test
+
+setup: $(VENV)/.stamp
+
+$(VENV)/.stamp: pyproject.toml constraints.txt tools/setup-venv.sh
+	@bash tools/setup-venv.sh "$(PYTHON)" "$(VENV)"
+	@touch $@
+
+packages:
+	@bash tools/setup-packages.sh
+
+demo: setup
+	@$(BIN)/python -m holdfast.lab.demo
+
+test: setup packages
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: setup
+	@$(BIN)/ruff check $(PATHS)
+	@$(BIN)/ruff format --check $(PATHS)
+	@$(BIN)/flake8 src tools
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-cache
+	@echo "check: passed"
+
+format: setup
+	@$(BIN)/ruff check --fix $(PATHS)
+	@$(BIN)/ruff format $(PATHS)
+
+bench: setup
+	@$(BIN)/python -m holdfast.bench
+
+sim: setup
+	@$(BIN)/clusterd simulate scenarios/pulled-cable --seed $(SEED)
+
+hunt: setup
+	@HUNT_SECONDS=$(HUNT_SECONDS) $(BIN)/python -m holdfast.bench.hunt
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,112 @@
+"""The calls of diskd's control that clusterd makes; diskd and diskctl use the same definitions.
+
+Epochs are positive integers; 0 stands for "never leased". Ages and durations are nanoseconds.
+"""
+
+from typing import Final, Literal
+
+import attrs
+
+from daemonkit.methods import Method
+
+BackupMode = Literal["auto", "full", "since", "resume"]
+
+
+@attrs.frozen
+class LeaseRequest:
+    """``holder`` is an id of the run, for example ``n1/web``: shown, and compared on equal epochs."""
+
+    image: str
+    epoch: int
+    holder: str
+
+
+@attrs.frozen
+class ImageName:
+    image: str
+
+
+@attrs.frozen
+class Lease:
+    """The newest lease of an image. ``released``: nobody holds it now; the epoch stays where it was.
+
+    ``prepared`` is the epoch that may connect and read, but not yet write, or None.
+    """
+
+    image: str
+    epoch: int
+    holder: str | None
+    released: bool = False
+    prepared: int | None = None
+
+
+@attrs.frozen
+class ImageNames:
+    images: list[str]
+
+
+@attrs.frozen
+class Activity:
+    """What diskd saw of one image: evidence of life, never decisive."""
+
+    image: str
+    epoch: int
+    holder: str | None
+    connections: int
+    last_io_age_ns: int | None
+
+
+@attrs.frozen
+class ActivityReport:
+    """``unknown`` lists the asked names that this diskd does not serve."""
+
+    images: list[Activity]
+    unknown: list[str]
+
+
+@attrs.frozen
+class BackupDisk:
+    """``name`` is the disk's name in the VM's configuration; ``image`` what this diskd calls it."""
+
+    name: str
+    image: str
+
+
+@attrs.frozen
+class BackupRequest:
+    """``since`` names the base point where mode is "since". ``config`` is the VM file's text, kept verbatim."""
+
+    vm: str
+    disks: list[BackupDisk]
+    config: str
+    target: str
+    mode: BackupMode = "auto"
+    since: str | None = None
+
+
+@attrs.frozen
+class BackupDiskReport:
+    image: str
+    changed_bytes: int
+    sent_bytes: int
+    exact: bool
+    digest: str
+
+
+@attrs.frozen
+class BackupReport:
+    vm: str
+    point: str
+    base: str | None
+    kind: Literal["full", "differential"]
+    consistency: str
+    seconds: float
+    disks: list[BackupDiskReport]
+
+
+LEASE_ACQUIRE: Final = Method("lease.acquire", LeaseRequest, Lease)
+LEASE_PREPARE: Final = Method("lease.prepare", LeaseRequest, Lease)
+LEASE_RELEASE: Final = Method("lease.release", LeaseRequest, Lease)
+LEASE_SHOW: Final = Method("lease.show", ImageName, Lease)
+IMAGE_ACTIVITY: Final = Method("image.activity", ImageNames, ActivityReport)
+BACKUP_RUN: Final = Method("backup.run", BackupRequest, BackupReport)

@@ -1,0 +1,40 @@
+"""Network addresses as text, and the ports through which pure code meets the outside world."""
+
+from typing import Protocol
+
+import attrs
+
+from daemonkit.errors import OperatorError
+
+
+class Clock(Protocol):
+    """Monotonic time in integer nanoseconds; its zero means nothing."""
+
+    def now_ns(self) -> int: ...
+
+
+@attrs.frozen(order=True)
+class Address:
+    """``HOST:PORT``, ``[v6]:PORT``. Port 0 asks the system for a free one where listening."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    @property
+    def is_loopback(self) -> bool:
+        return self.host in ("localhost", "::1") or self.host.startswith("127.")
+
+    @classmethod
+    def parse(cls, text: str) -> "Address":
+        """Raises OperatorError with the expected form."""
+        host, colon, port = text.rpartition(":")
+        if host.startswith("[") and host.endswith("]"):
+            host = host[1:-1]
+        elif ":" in host:
+            colon = ""
+        if not colon or not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
+            raise OperatorError(f"{text!r} is not an address: write HOST:PORT, for example 127.0.0.1:7100")
+        return cls(host, int(port))

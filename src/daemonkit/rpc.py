@@ -1,0 +1,363 @@
+"""Typed request/response calls over TCP: msgpack values in length-prefixed frames (docs/formats/control.md).
+
+Conversation, one call at a time on a connection:
+
+    server: ["holdfast-rpc", 1, NONCE]            a fresh 32-byte challenge
+    client: ["auth", MAC]                         keyed BLAKE2b of the challenge, or empty without a key
+    client: [ID, METHOD, PARAMS]
+    server: [ID, "progress", ANY] ...             none or several
+    server: [ID, "ok", RESULT] | [ID, "error", KIND, MESSAGE]
+
+KIND says what the caller can do: ``refused`` (the request cannot be done; the message is one line for
+the operator), ``protocol`` (the caller is wrong, the connection ends), ``internal`` (our defect, logged).
+A client that goes away, or half-closes, while its call runs cancels that call. Nothing that a peer
+sends ends anything but its own connection.
+"""
+
+import contextlib
+import hashlib
+import hmac
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Any, Final, TypeVar
+
+import attrs
+import structlog
+import trio
+
+from daemonkit.codec import decode, encode
+from daemonkit.errors import HoldfastError, InvariantBroken, OperatorError, ProtocolError
+from daemonkit.frames import FrameReader, frame
+from daemonkit.methods import Method
+from daemonkit.ports import Address
+from daemonkit.schema import SchemaError, structure, unstructure
+
+P = TypeVar("P")
+R = TypeVar("R")
+
+GREETING: Final = "holdfast-rpc"
+VERSION: Final = 1
+REQUEST_BYTES_MAX: Final = 4 << 20
+REPLY_BYTES_MAX: Final = 16 << 20
+HANDSHAKE_SECONDS_MAX: Final = 5.0
+SEND_SECONDS_MAX: Final = 30.0
+CONNECTIONS_MAX: Final = 256
+KEYS_MAX: Final = 2
+_RECEIVE_BYTES: Final = 64 << 10
+
+log = structlog.get_logger("rpc")
+
+
+class CallRefused(OperatorError):  # noqa: N818 - it is what happened, not a defect
+    """The other side answered, and said no. The message is its one line."""
+
+
+class CallFailed(OperatorError):  # noqa: N818 - likewise
+    """The other side could not be reached, vanished, or broke the protocol: the outcome is unknown."""
+
+
+@attrs.frozen
+class Call:
+    """What a handler knows of the call that it serves."""
+
+    peer: str
+    _report: Callable[[Any], Awaitable[None]]
+
+    async def progress(self, value: Any) -> None:
+        """Tell the caller how far the work is; plain data."""
+        await self._report(value)
+
+
+Handler = Callable[[Any, Call], Awaitable[Any]]
+
+
+class Registry:
+    """The methods that a server answers."""
+
+    def __init__(self) -> None:
+        self._handlers: dict[str, tuple[Method[Any, Any], Handler]] = {}
+
+    def add(self, method: Method[P, R], handler: Callable[[P, Call], Awaitable[R]]) -> None:
+        if method.name in self._handlers:
+            raise InvariantBroken(f"method {method.name} is registered twice")
+        self._handlers[method.name] = (method, handler)
+
+    def find(self, name: object) -> tuple[Method[Any, Any], Handler]:
+        if not isinstance(name, str) or name not in self._handlers:
+            raise ProtocolError(f"unknown method {str(name)[:80]!r}")
+        return self._handlers[name]
+
+
+def _mac(key: bytes, nonce: bytes) -> bytes:
+    return hashlib.blake2b(nonce, key=hashlib.blake2b(key).digest()[:32], digest_size=32).digest()
+
+
+class _Connection:
+    """Frames over one stream; the only place that reads from it."""
+
+    def __init__(self, stream: trio.abc.Stream, *, frame_bytes_max: int) -> None:
+        self._stream = stream
+        self._reader = FrameReader(frame_bytes_max=frame_bytes_max)
+        self._buffered_bytes_max = frame_bytes_max + _RECEIVE_BYTES
+        self._send_lock = trio.Lock()
+
+    async def send(self, value: Any) -> None:
+        data = frame(encode(value))
+        async with self._send_lock:
+            with trio.fail_after(SEND_SECONDS_MAX):
+                await self._stream.send_all(data)
+
+    async def receive(self) -> Any:
+        """The next message; None when the peer has closed between messages."""
+        while (payload := self._reader.next_frame()) is None:
+            data = await self._stream.receive_some(_RECEIVE_BYTES)
+            if not data:
+                self._reader.finish()
+                return None
+            self._reader.feed(data)
+        return decode(payload)
+
+    async def wait_gone(self) -> None:
+        """Return when the peer closes its side. Speaking out of turn is a protocol error."""
+        if await self._stream.receive_some(1):
+            raise ProtocolError("a request arrived before the previous one was answered")
+
+
+async def _authenticate(connection: _Connection, keys: Sequence[bytes], *, required: bool) -> None:
+    nonce = secrets.token_bytes(32)
+    await connection.send([GREETING, VERSION, nonce])
+    message = await connection.receive()
+    if not isinstance(message, list) or len(message) != 2 or message[0] != "auth":
+        raise ProtocolError("expected an authentication message")
+    mac = message[1]
+    if not isinstance(mac, bytes):
+        raise ProtocolError("the authentication code is not bytes")
+    if mac or required:
+        good = [hmac.compare_digest(_mac(key, nonce), mac) for key in keys[:KEYS_MAX]]
+        if not any(good) and (required or keys):
+            await connection.send([0, "error", "protocol", "wrong or missing cluster key: use --key FILE"])
+            raise ProtocolError("wrong or missing cluster key")
+
+
+def _first_leaf(error: BaseException) -> BaseException:
+    """The most telling leaf of a group: an operator's error before an OS error before any other."""
+    if not isinstance(error, BaseExceptionGroup):
+        return error
+    leaves = [_first_leaf(inner) for inner in error.exceptions]
+    for kind in (InvariantBroken, HoldfastError, OSError):
+        for leaf in leaves:
+            if isinstance(leaf, kind):
+                return leaf
+    return leaves[0]
+
+
+async def _run_handler(
+    connection: _Connection, handler: Handler, params: Any, call: Call
+) -> tuple[bool, Any]:
+    """(done, result): not done when the client went away, in which case the call was cancelled."""
+    outcome: list[Any] = []
+    async with trio.open_nursery() as nursery:
+
+        async def watch() -> None:
+            with contextlib.suppress(trio.BrokenResourceError):
+                await connection.wait_gone()
+            nursery.cancel_scope.cancel(reason="the client went away")
+
+        nursery.start_soon(watch)
+        outcome.append(await handler(params, call))
+        nursery.cancel_scope.cancel(reason="answered")
+    return bool(outcome), outcome[0] if outcome else None
+
+
+async def _answer(connection: _Connection, registry: Registry, message: Any, peer: str) -> bool:
+    """Serve one request; False when the connection must end."""
+    if not isinstance(message, list) or len(message) != 3 or not isinstance(message[0], int):
+        raise ProtocolError("a request is [ID, METHOD, PARAMS]")
+    request_id, name, raw = message
+    try:
+        method, handler = registry.find(name)
+        params = structure(method.params, raw, where=method.name)
+    except (ProtocolError, SchemaError) as error:
+        await connection.send([request_id, "error", "protocol", str(error)])
+        return False
+
+    async def report(value: Any) -> None:
+        await connection.send([request_id, "progress", value])
+
+    try:
+        done, result = await _run_handler(connection, handler, params, Call(peer, report))
+    except (Exception, BaseExceptionGroup) as error:  # noqa: BLE001 - supervision boundary: one call's failure stays its own
+        kind, text = _describe(error, method.name)
+        await connection.send([request_id, "error", kind, text])
+        return kind != "protocol"
+    if done:
+        await connection.send([request_id, "ok", unstructure(result)])
+    return done
+
+
+def _describe(error: BaseException, name: str) -> tuple[str, str]:
+    leaf = _first_leaf(error)
+    if isinstance(leaf, InvariantBroken) or not isinstance(leaf, Exception):
+        raise error
+    if isinstance(leaf, ProtocolError):
+        return "protocol", str(leaf)
+    if isinstance(leaf, HoldfastError):
+        return "refused", str(leaf)
+    if isinstance(leaf, OSError):
+        where = f"{leaf.filename}: " if leaf.filename else ""
+        return "refused", f"{where}{leaf.strerror or leaf}"
+    log.error("rpc.handler_failed", method=name, exc_info=leaf)
+    return "internal", f"{name} failed: {type(leaf).__name__}: {leaf}"
+
+
+async def _serve_connection(
+    stream: trio.abc.Stream, registry: Registry, keys: Sequence[bytes], *, required: bool, peer: str
+) -> None:
+    connection = _Connection(stream, frame_bytes_max=REQUEST_BYTES_MAX)
+    try:
+        with trio.fail_after(HANDSHAKE_SECONDS_MAX):
+            await _authenticate(connection, keys, required=required)
+        while (message := await connection.receive()) is not None:
+            if not await _answer(connection, registry, message, peer):
+                break
+    except (
+        ProtocolError,
+        trio.BrokenResourceError,
+        trio.ClosedResourceError,
+        trio.TooSlowError,
+        OSError,
+    ) as error:
+        log.info("rpc.connection_closed", peer=peer, reason=str(error) or type(error).__name__)
+    except BaseExceptionGroup as group:
+        leaf = _first_leaf(group)
+        if not isinstance(leaf, ProtocolError | trio.BrokenResourceError | OSError):
+            raise
+        log.info("rpc.connection_closed", peer=peer, reason=str(leaf))
+
+
+async def serve(
+    registry: Registry,
+    address: Address,
+    *,
+    keys: Sequence[bytes] = (),
+    task_status: trio.TaskStatus[Address] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Listen on ``address`` until cancelled; started() gives the bound address.
+
+    ``keys``: up to two cluster keys, either of which a caller may know. A loopback listener also takes
+    calls without one; any other listener requires one. Raises OperatorError for an address in use.
+    """
+    required = not address.is_loopback
+    if required and not keys:
+        raise OperatorError(
+            f"{address}: without a cluster key only loopback addresses are served; use --key FILE"
+        )
+    try:
+        listeners = await trio.open_tcp_listeners(address.port, host=address.host)
+    except OSError as error:
+        raise OperatorError(f"cannot listen on {address}: {error.strerror or error}") from error
+    slots = trio.Semaphore(CONNECTIONS_MAX)
+
+    async def accept(stream: trio.SocketStream) -> None:
+        peer = _peer_name(stream)
+        try:
+            slots.acquire_nowait()
+        except trio.WouldBlock:
+            log.warning("rpc.too_many_connections", peer=peer, limit=CONNECTIONS_MAX)
+            return
+        try:
+            await _serve_connection(stream, registry, keys, required=required, peer=peer)
+        finally:
+            slots.release()
+
+    bound = listeners[0].socket.getsockname()
+    task_status.started(Address(address.host, bound[1]))
+    await trio.serve_listeners(accept, listeners)
+
+
+def _peer_name(stream: trio.SocketStream) -> str:
+    try:
+        name = stream.socket.getpeername()
+    except OSError:
+        return "gone"
+    return f"{name[0]}:{name[1]}" if isinstance(name, tuple) else "local"
+
+
+class Client:
+    """One connection; one call at a time. A call that was cancelled or failed leaves it unusable."""
+
+    def __init__(self, connection: _Connection, address: Address) -> None:
+        self._connection = connection
+        self._address = address
+        self._next_id = 1
+        self._broken = False
+
+    async def call(
+        self, method: Method[P, R], params: P, *, on_progress: Callable[[Any], None] | None = None
+    ) -> R:
+        """The result. Raises CallRefused (answered no) or CallFailed (no usable answer)."""
+        if self._broken:
+            raise CallFailed(f"{self._address}: the connection is no longer usable")
+        request_id, self._next_id = self._next_id, self._next_id + 1
+        self._broken = True
+        try:
+            await self._connection.send([request_id, method.name, unstructure(params)])
+            status, payload = await self._final(request_id, on_progress)
+        except (OSError, trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError) as error:
+            raise CallFailed(f"{self._address}: connection lost during {method.name}: {error}") from error
+        except ProtocolError as error:
+            raise CallFailed(f"{self._address}: {error}") from error
+        if status == "ok":
+            self._broken = False
+            return structure(method.result, payload[0], where=method.name)
+        kind, text = payload
+        if kind == "refused":
+            self._broken = False
+            raise CallRefused(text)
+        raise CallFailed(f"{self._address}: {text}")
+
+    async def _final(
+        self, request_id: int, on_progress: Callable[[Any], None] | None
+    ) -> tuple[str, list[Any]]:
+        while True:
+            message = await self._connection.receive()
+            if message is None:
+                raise ProtocolError("the server closed the connection before it answered")
+            if not isinstance(message, list) or len(message) < 3 or message[0] not in (request_id, 0):
+                raise ProtocolError("the server answered something else than was asked")
+            status, *payload = message[1:]
+            if status == "progress" and len(payload) == 1:
+                if on_progress is not None:
+                    on_progress(payload[0])
+            elif status == "ok" and len(payload) == 1:
+                return status, payload
+            elif status == "error" and len(payload) == 2 and all(isinstance(part, str) for part in payload):
+                return status, payload
+            else:
+                raise ProtocolError("the server answered in an unknown form")
+
+
+@contextlib.asynccontextmanager
+async def connect(address: Address, *, key: bytes | None = None) -> AsyncIterator[Client]:
+    """A client for the length of the ``async with``. Raises CallFailed where nobody (of ours) answers.
+
+    Timeouts are the caller's: wrap it in trio.fail_after.
+    """
+    try:
+        stream = await trio.open_tcp_stream(address.host, address.port)
+    except OSError as error:
+        raise CallFailed(f"cannot connect to {address}: {error.strerror or 'connection refused'}") from error
+    connection = _Connection(stream, frame_bytes_max=REPLY_BYTES_MAX)
+    try:
+        try:
+            greeting = await connection.receive()
+            if not isinstance(greeting, list) or len(greeting) != 3 or greeting[:2] != [GREETING, VERSION]:
+                raise ProtocolError("it does not speak this version of the control protocol")
+            if not isinstance(greeting[2], bytes):
+                raise ProtocolError("its challenge is not bytes")
+            await connection.send(["auth", _mac(key, greeting[2]) if key else b""])
+        except (ProtocolError, trio.BrokenResourceError, trio.TooSlowError, OSError) as error:
+            raise CallFailed(f"{address}: {error}") from error
+        yield Client(connection, address)
+    finally:
+        await trio.aclose_forcefully(stream)

@@ -1,0 +1,1 @@
+"""Pure decisions of diskd: no I/O, no clock, no trio."""

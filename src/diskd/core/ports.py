@@ -1,0 +1,152 @@
+"""The seams of diskd: what the NBD server, the exporter and the storage engine ask of each other.
+
+A *layer is a device*: tracked images, overlays, faulty devices for tests and plain memory all satisfy
+``Device`` and pass one contract test (tests/shell/device_contract.py).
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Literal, Protocol
+
+import attrs
+
+AllocationKind = Literal["data", "zero", "hole"]
+
+
+@attrs.frozen
+class Allocation:
+    """One run of an image: ``zero`` reads as zeroes but is allocated, ``hole`` is neither."""
+
+    offset: int
+    length: int
+    kind: AllocationKind
+
+
+@attrs.frozen
+class ChangeReport:
+    """The changes since a point (T2: a superset; T3: whether it is exact).
+
+    ``extents``: ascending, disjoint, coalesced (offset, length) in bytes, block-aligned except at the
+    image's end. ``over_report_bytes``: by how much at most they exceed the truth; 0 where exact.
+    """
+
+    extents: list[tuple[int, int]]
+    exact: bool
+    over_report_bytes: int
+
+
+class Device(Protocol):
+    """Random access to a virtual disk. Ranges are validated by the caller against ``size_bytes``.
+
+    Failures are OSError with the errno that the guest shall see (ENOSPC, EIO, EPERM; Fenced is
+    ESHUTDOWN). ``*_nowait`` returns None or False where it would block: then await the other form.
+    """
+
+    @property
+    def size_bytes(self) -> int: ...
+    @property
+    def is_read_only(self) -> bool: ...
+    def read_nowait(self, offset: int, length: int) -> bytes | None: ...
+    async def read(self, offset: int, length: int) -> bytes: ...
+    def write_nowait(self, offset: int, data: bytes | memoryview) -> bool:
+        """True when the write is submitted and complete as far as a reply without FUA needs."""
+        ...
+
+    async def write(self, offset: int, data: bytes | memoryview, *, fua: bool = False) -> None: ...
+    async def write_zeroes(
+        self, offset: int, length: int, *, may_trim: bool = True, fua: bool = False
+    ) -> None: ...
+    async def trim(self, offset: int, length: int, *, fua: bool = False) -> None: ...
+    async def flush(self) -> None: ...
+    async def allocation(self, offset: int, length: int) -> list[Allocation]:
+        """Ascending and without gaps over exactly the range; at most a few thousand entries a call."""
+        ...
+
+
+@attrs.frozen
+class Export:
+    """What a name on the NBD wire opens. ``contexts`` are dirty-bitmap points, by point id.
+
+    ``close`` is called once when the connection ends; it is synchronous and never fails.
+    """
+
+    device: Device
+    multi_conn: bool
+    contexts: "dict[str, Callable[[], ChangeReport]]"
+    close: Callable[[], None]
+    preferred_block_bytes: int = 4096
+
+
+class ExportCatalog(Protocol):
+    """The names an NBD server offers. ``open`` raises diskd.errors.Refused (a policy answer) or NoSuchExport."""
+
+    def names(self) -> Sequence[str]:
+        """Only what ``open`` would accept now."""
+        ...
+
+    async def open(self, name: str, *, peer: str, drop: Callable[[str], None]) -> Export:
+        """``drop(reason)`` ends this connection from outside: fencing uses it. It may be called at any time."""
+        ...
+
+    async def info(self, name: str) -> Export:
+        """As open, for NBD_OPT_INFO: nothing is held, no other connection is disturbed, close does nothing."""
+        ...
+
+
+class FrozenDisk(Protocol):
+    """One disk of a checkpoint, as the exporter reads it. It does not change while the checkpoint stands."""
+
+    @property
+    def image(self) -> str: ...
+    @property
+    def size_bytes(self) -> int: ...
+    @property
+    def block_bytes(self) -> int: ...
+    @property
+    def points(self) -> list[str]:
+        """Valid reference points, oldest first."""
+        ...
+
+    def changes_since(self, point: str) -> ChangeReport:
+        """Raises NoSuchPoint with the reason and the remedy (T4)."""
+        ...
+
+    def allocation_blocking(self, offset: int, length: int) -> list[Allocation]:
+        """For a worker thread."""
+        ...
+
+    def read_into_blocking(self, offset: int, buffer: memoryview) -> None:
+        """For a worker thread: fills the whole buffer. Raises OSError, also once the checkpoint is invalid (B2)."""
+        ...
+
+
+class FrozenVm(Protocol):
+    """A checkpoint held for one backup: all disks of the VM at one instant, with its configuration (B1)."""
+
+    @property
+    def checkpoint(self) -> str: ...
+    @property
+    def vm(self) -> str: ...
+    @property
+    def point(self) -> str:
+        """The id (``rp-`` and 16 hex digits) that becomes a reference point when the target has committed."""
+        ...
+
+    @property
+    def config(self) -> str: ...
+    @property
+    def consistency(self) -> str: ...
+    @property
+    def disks(self) -> "dict[str, FrozenDisk]":
+        """By disk name."""
+        ...
+
+    @property
+    def pending(self) -> list[str]:
+        """Points of this VM whose acknowledgement was lost (B3), to be settled with the target first."""
+        ...
+
+    async def settle(self, point: str, *, committed: bool) -> None: ...
+    async def end(self, outcome: Literal["keep", "discard", "pending"]) -> None:
+        """``keep``: the target acknowledged, the point becomes valid. ``pending``: it may have committed.
+        ``discard``: as if it had not been tried. Answers once that is durable; merging goes on behind."""
+        ...
