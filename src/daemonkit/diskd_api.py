@@ -74,7 +74,7 @@ class BackupDisk:
 
 @attrs.frozen
 class BackupRequest:
-    """``since`` names the base point where mode is "since". ``config`` is the VM file's text, kept verbatim."""
+    """``since`` names the base point where mode is "since". ``config``: the VM file's text, verbatim."""
 
     vm: str
     disks: list[BackupDisk]

@@ -27,5 +27,5 @@ class ProtocolError(HoldfastError):
     """The peer sent what the protocol does not allow; the connection ends."""
 
 
-class InvariantBroken(HoldfastError):  # noqa: N818 - the name is the statement
+class InvariantBroken(HoldfastError):
     """A rule that must never break is broken: a defect of this program."""

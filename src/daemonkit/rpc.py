@@ -48,11 +48,11 @@ _RECEIVE_BYTES: Final = 64 << 10
 log = structlog.get_logger("rpc")
 
 
-class CallRefused(OperatorError):  # noqa: N818 - it is what happened, not a defect
+class CallRefused(OperatorError):
     """The other side answered, and said no. The message is its one line."""
 
 
-class CallFailed(OperatorError):  # noqa: N818 - likewise
+class CallFailed(OperatorError):
     """The other side could not be reached, vanished, or broke the protocol: the outcome is unknown."""
 
 

@@ -9,15 +9,19 @@ class Refused(OperatorError):
     """A request that cannot be done now; the message says what to do."""
 
 
-class NoSuchPoint(Refused):  # noqa: N818 - the taxonomy's verb form
+class NoSuchPoint(Refused):
     """T4: a point that is unknown, foreign or no longer valid; the remedy is a full backup."""
+
+
+class NoSuchExport(Refused):
+    """No image, epoch or checkpoint answers to this export name."""
 
 
 class Damaged(Refused):
     """A side file or repository file does not read back as it was written."""
 
 
-class Fenced(OSError):  # noqa: N818 - it is what happened to the writer
+class Fenced(OSError):
     """S1: I/O under an epoch that is no longer the newest. Maps to ESHUTDOWN on the wire."""
 
     def __init__(self, reason: str) -> None:

@@ -77,18 +77,18 @@ class Export:
 
 
 class ExportCatalog(Protocol):
-    """The names an NBD server offers. ``open`` raises diskd.errors.Refused (a policy answer) or NoSuchExport."""
+    """The names an NBD server offers. ``open`` raises Refused (a policy answer) or NoSuchExport."""
 
     def names(self) -> Sequence[str]:
         """Only what ``open`` would accept now."""
         ...
 
     async def open(self, name: str, *, peer: str, drop: Callable[[str], None]) -> Export:
-        """``drop(reason)`` ends this connection from outside: fencing uses it. It may be called at any time."""
+        """``drop(reason)`` ends this connection from outside, at any time: fencing uses it."""
         ...
 
     async def info(self, name: str) -> Export:
-        """As open, for NBD_OPT_INFO: nothing is held, no other connection is disturbed, close does nothing."""
+        """As open, for NBD_OPT_INFO: nothing is held, nobody is disturbed, close does nothing."""
         ...
 
 
@@ -115,7 +115,7 @@ class FrozenDisk(Protocol):
         ...
 
     def read_into_blocking(self, offset: int, buffer: memoryview) -> None:
-        """For a worker thread: fills the whole buffer. Raises OSError, also once the checkpoint is invalid (B2)."""
+        """For a worker thread: fills the buffer. Raises OSError, also once the checkpoint is invalid (B2)."""
         ...
 
 
