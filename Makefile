@@ -34,7 +34,7 @@ test: setup packages
 check: setup
 	@$(BIN)/ruff check $(PATHS)
 	@$(BIN)/ruff format --check $(PATHS)
-	@$(BIN)/flake8-async --enable=$(ASYNC_RULES) src tools
+	@$(BIN)/flake8-async --enable=$(ASYNC_RULES) $$(git ls-files 'src/*.py' 'tools/*.py')
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-cache
 	@echo "check: passed"
