@@ -8,4 +8,4 @@ class Refused(OperatorError):
 
 
 class StoreUnknown(OperatorError):
-    """The store gave no usable answer. The outcome of a write is unknown (S3, S6): keep every VM, start none."""
+    """The store gave no usable answer; a write may have happened or not (S3, S6): keep every VM."""

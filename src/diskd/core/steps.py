@@ -74,7 +74,7 @@ class Sync:
 
 @attrs.frozen
 class Replace:
-    """Write a small file anew, atomically and durably (temporary name, fsync, rename, fsync of the directory)."""
+    """Write a small file anew, atomically and durably (temporary, fsync, rename, fsync of the directory)."""
 
     file: str
     data: bytes
