@@ -26,7 +26,7 @@ packages:
 	@bash tools/setup-packages.sh
 
 demo: setup
-	@$(BIN)/python -m holdfast.lab.demo
+	@$(BIN)/python -m holdfast.demo
 
 test: setup packages
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)

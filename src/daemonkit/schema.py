@@ -76,7 +76,10 @@ def _explain(error: BaseException, where: str) -> NoReturn:
     path = where
     leaf = error
     while isinstance(leaf, BaseValidationError) and leaf.exceptions:
-        leaf = leaf.exceptions[0]
+        # An unknown key says more than the missing one that it probably was meant to be.
+        leaf = min(leaf.exceptions, key=lambda inner: not isinstance(inner, ForbiddenExtraKeysError))
+        if isinstance(leaf, KeyError):
+            break
         for note in getattr(leaf, "__notes__", ()):
             if isinstance(note, AttributeValidationNote):
                 path = f"{path}.{note.name}" if path else str(note.name)

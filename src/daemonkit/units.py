@@ -34,7 +34,7 @@ _DURATION_UNITS: Final = {
     "d": DAY,
 }
 _SIZE_UNITS: Final = {"": 1, "b": 1, "kib": KiB, "mib": MiB, "gib": GiB, "tib": TiB}
-_QUANTITY: Final = re.compile(r"^([0-9]{1,18})(?:\.([0-9]{1,9}))?\s*([A-Za-z]*)$", re.ASCII)
+_QUANTITY: Final = re.compile(r"^([0-9]{1,19})(?:\.([0-9]{1,9}))?\s*([A-Za-z]*)$", re.ASCII)
 
 
 class UnitError(ValueError):

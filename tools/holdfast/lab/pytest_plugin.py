@@ -1,0 +1,1 @@
+"""pytest plugin of Holdfast: the fixture `lab`."""
