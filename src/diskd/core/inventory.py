@@ -1,0 +1,101 @@
+"""What the image library says about its images, points and checkpoints, and the limits it keeps."""
+
+import re
+from typing import Final, Literal
+
+import attrs
+
+from daemonkit.units import GiB, KiB, MiB, MINUTE, SECOND
+from diskd.errors import Refused
+
+NAME_PATTERN: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}", re.ASCII)
+CHECKPOINT_PATTERN: Final = re.compile(r"cp-[0-9a-f]{16}", re.ASCII)
+POINT_PATTERN: Final = re.compile(r"rp-[0-9a-f]{16}", re.ASCII)
+
+# One VM's configuration travels in the checkpoint's record, which is a small file (daemonkit.durable).
+CONFIG_BYTES_MAX: Final = 256 * KiB
+# QEMU attaches fewer; a bound keeps one checkpoint's hold short.
+DISKS_MAX: Final = 64
+
+Outcome = Literal["keep", "discard", "pending"]
+HeldBy = Literal["backup", "hand"]
+
+
+@attrs.frozen
+class LibrarySettings:
+    """The settings of DESIGN.md section 7, durations in nanoseconds."""
+
+    tracking_flush_interval_ns: int = 5 * SECOND  # bounds what a power loss over-reports at rest
+    checkpoint_resume_timeout_ns: int = 10 * MINUTE  # how long a held checkpoint survives a restart
+    max_open_bytes: int = 4 * GiB  # bounds what a power loss over-reports under load
+    avhd_limit_bytes: int | None = None  # per disk; None: as much as the file system gives
+    merge_batch_bytes: int = 4 * MiB  # one batch's copy keeps a colliding write waiting for milliseconds
+    shared_dir: str | None = None  # where the mapped state lives; None: a directory of ours on tmpfs
+
+
+@attrs.frozen
+class ImageInfo:
+    """One image as ``image list`` and ``image show`` report it.
+
+    ``state``: "open" (served), "released" (another daemon may open it) or "damaged" (``reason`` says why).
+    ``merge_remaining_bytes`` is None while no AVHD is being merged.
+    """
+
+    name: str
+    uuid: str
+    size_bytes: int
+    block_bytes: int
+    region_bytes: int
+    allocated_bytes: int
+    state: Literal["open", "released", "damaged"]
+    reason: str | None
+    epoch: int
+    holder: str | None
+    connections: int
+    checkpoint: str | None
+    merge_remaining_bytes: int | None
+    points: int
+
+
+@attrs.frozen
+class PointInfo:
+    """``point list``: oldest first. ``reason`` says why a point is not valid, else None."""
+
+    point: str
+    rct_id: str
+    valid: bool
+    reason: str | None
+
+
+@attrs.frozen
+class ChangesInfo:
+    """``changes --json``, as DESIGN.md section 9 fixes it."""
+
+    image: str
+    since: str
+    block_size: int
+    exact: bool
+    over_report_bytes: int
+    extents: list[tuple[int, int]]
+
+
+@attrs.frozen
+class CheckpointInfo:
+    """``exports``: export name of the frozen view by image. ``state`` as in core.checkpoint."""
+
+    checkpoint: str
+    vm: str
+    point: str
+    state: str
+    held_by: HeldBy
+    outcome: Outcome | None
+    exports: dict[str, str]
+
+
+def check_name(kind: str, name: str) -> str:
+    """``name`` if it may name an image, disk or VM; raises Refused with the rule."""
+    if NAME_PATTERN.fullmatch(name) is None:
+        raise Refused(
+            f"{name!r} cannot name {kind}: use a-z, 0-9, '.', '_' and '-', first a letter or digit, at most 63"
+        )
+    return name
