@@ -48,6 +48,12 @@ class FrameReader:
         del self._buffer[:end]
         return payload
 
+    def take_rest(self) -> bytes:
+        """The bytes behind the last frame, for whoever reads on in another protocol."""
+        rest = bytes(self._buffer)
+        self._buffer.clear()
+        return rest
+
     def finish(self) -> None:
         """The stream has ended. Raises FrameError if that was inside a frame."""
         if self._buffer:

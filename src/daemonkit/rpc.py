@@ -8,6 +8,10 @@ Conversation, one call at a time on a connection:
     server: [ID, "progress", ANY] ...             none or several
     server: [ID, "ok", RESULT] | [ID, "error", KIND, MESSAGE]
 
+A *stream* method hands the connection over: after its "ok" the bytes in both directions belong to the
+method's own protocol (exports and restores: docs/formats/export-stream.md), so that one address and one
+handshake serve both. The client sends nothing between such a request and its answer.
+
 KIND says what the caller can do: ``refused`` (the request cannot be done; the message is one line for
 the operator), ``protocol`` (the caller is wrong, the connection ends), ``internal`` (our defect, logged).
 A client that goes away, or half-closes, while its call runs cancels that call. Nothing that a peer
@@ -69,6 +73,7 @@ class Call:
 
 
 Handler = Callable[[Any, Call], Awaitable[Any]]
+StreamHandler = Callable[[Any, str, trio.abc.Stream], Awaitable[None]]
 
 
 class Registry:
@@ -76,11 +81,23 @@ class Registry:
 
     def __init__(self) -> None:
         self._handlers: dict[str, tuple[Method[Any, Any], Handler]] = {}
+        self._streams: dict[str, tuple[Method[Any, Any], StreamHandler]] = {}
 
     def add(self, method: Method[P, R], handler: Callable[[P, Call], Awaitable[R]]) -> None:
         if method.name in self._handlers:
             raise InvariantBroken(f"method {method.name} is registered twice")
         self._handlers[method.name] = (method, handler)
+
+    def add_stream(
+        self, method: Method[P, R], handler: Callable[[P, str, trio.abc.Stream], Awaitable[None]]
+    ) -> None:
+        """``handler(params, peer, stream)`` owns the connection from then on; it ends when that returns."""
+        if method.name in self._streams:
+            raise InvariantBroken(f"method {method.name} is registered twice")
+        self._streams[method.name] = (method, handler)
+
+    def find_stream(self, name: object) -> tuple[Method[Any, Any], StreamHandler] | None:
+        return self._streams.get(name) if isinstance(name, str) else None
 
     def find(self, name: object) -> tuple[Method[Any, Any], Handler]:
         if not isinstance(name, str) or name not in self._handlers:
@@ -90,6 +107,31 @@ class Registry:
 
 def _mac(key: bytes, nonce: bytes) -> bytes:
     return hashlib.blake2b(nonce, key=hashlib.blake2b(key).digest()[:32], digest_size=32).digest()
+
+
+class _HandedOver(trio.abc.Stream):
+    """A stream that has been read a little too far."""
+
+    def __init__(self, stream: trio.abc.Stream, rest: bytes) -> None:
+        self._stream = stream
+        self._rest = rest
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
+        if not self._rest:
+            return await self._stream.receive_some(max_bytes)
+        await trio.lowlevel.checkpoint()
+        size = len(self._rest) if max_bytes is None else max_bytes
+        data, self._rest = self._rest[:size], self._rest[size:]
+        return data
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        await self._stream.send_all(data)
+
+    async def wait_send_all_might_not_block(self) -> None:
+        await self._stream.wait_send_all_might_not_block()
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
 
 
 class _Connection:
@@ -116,6 +158,10 @@ class _Connection:
                 return None
             self._reader.feed(data)
         return decode(payload)
+
+    def hand_over(self) -> trio.abc.Stream:
+        """The stream, for another protocol; what was read beyond the last message comes first."""
+        return _HandedOver(self._stream, self._reader.take_rest())
 
     async def wait_gone(self) -> None:
         """Return when the peer closes its side. Speaking out of turn is a protocol error."""
@@ -174,6 +220,9 @@ async def _answer(connection: _Connection, registry: Registry, message: Any, pee
     if not isinstance(message, list) or len(message) != 3 or not isinstance(message[0], int):
         raise ProtocolError("a request is [ID, METHOD, PARAMS]")
     request_id, name, raw = message
+    if (found := registry.find_stream(name)) is not None:
+        await _run_stream(connection, found, request_id, raw, peer)
+        return False
     try:
         method, handler = registry.find(name)
         params = structure(method.params, raw, where=method.name)
@@ -193,6 +242,28 @@ async def _answer(connection: _Connection, registry: Registry, message: Any, pee
     if done:
         await connection.send([request_id, "ok", unstructure(result)])
     return done
+
+
+async def _run_stream(
+    connection: _Connection,
+    found: tuple[Method[Any, Any], StreamHandler],
+    request_id: int,
+    raw: Any,
+    peer: str,
+) -> None:
+    """Hand the connection to a stream method, and keep its failure from everybody else."""
+    method, handler = found
+    try:
+        params = structure(method.params, raw, where=method.name)
+    except SchemaError as error:
+        await connection.send([request_id, "error", "protocol", str(error)])
+        return
+    await connection.send([request_id, "ok", None])
+    try:
+        await handler(params, peer, connection.hand_over())
+    except (Exception, BaseExceptionGroup) as error:  # noqa: BLE001 - supervision boundary: one stream's failure stays its own
+        _, text = _describe(error, method.name)
+        log.info("rpc.stream_ended", peer=peer, method=method.name, reason=text)
 
 
 def _describe(error: BaseException, name: str) -> tuple[str, str]:
@@ -283,6 +354,11 @@ def _peer_name(stream: trio.SocketStream) -> str:
     return f"{name[0]}:{name[1]}" if isinstance(name, tuple) else "local"
 
 
+@attrs.frozen
+class _Anything:
+    """The result of a stream method: its "ok" carries nothing."""
+
+
 class Client:
     """One connection; one call at a time. A call that was cancelled or failed leaves it unusable."""
 
@@ -309,12 +385,23 @@ class Client:
             raise CallFailed(f"{self._address}: {error}") from error
         if status == "ok":
             self._broken = False
+            if method.result is _Anything:
+                return _Anything()  # type: ignore[return-value] # R is _Anything, which mypy cannot see
             return structure(method.result, payload[0], where=method.name)
         kind, text = payload
         if kind == "refused":
             self._broken = False
             raise CallRefused(text)
         raise CallFailed(f"{self._address}: {text}")
+
+    async def open_stream(self, method: Method[P, R], params: P) -> trio.abc.Stream:
+        """Call a stream method; the connection then carries its protocol and nothing else.
+
+        Raises CallRefused or CallFailed. The stream ends with the ``async with`` of ``connect``.
+        """
+        await self.call(Method(method.name, method.params, _Anything), params)
+        self._broken = True
+        return self._connection.hand_over()
 
     async def _final(
         self, request_id: int, on_progress: Callable[[Any], None] | None
