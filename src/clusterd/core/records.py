@@ -1,0 +1,243 @@
+"""The keys and values of the store: who writes what, and how it reads.
+
+Keys lie under ``/holdfast/CLUSTER/``. Values are JSON objects, so that ``etcdctl`` shows them plainly.
+
+| key                 | value        | writer                                               |
+|---------------------|--------------|------------------------------------------------------|
+| ``id``              | ClusterId    | the first node that finds the store new, once        |
+| ``properties``      | PropertyTexts| operator                                             |
+| ``members/NODE``    | Member       | operator (the node itself adds it once)              |
+| ``presence/NODE``   | Presence     | the node, under its session's lease                  |
+| ``goodbyes/NODE``   | Goodbye      | the node; removed by it when it is back              |
+| ``confirmed/NODE``  | ConfirmedDead| operator                                             |
+| ``leader``          | Leader       | the leader, under its session's lease                |
+| ``epoch``           | EpochCounter | the leader                                           |
+| ``nodes/NODE``      | NodeRecord   | the leader (operator: clear-quarantine)              |
+| ``moves/NODE``      | MovedAway    | the leader, with every assignment taken from NODE    |
+| ``held``            | HeldList     | the leader                                           |
+| ``vms/VM/spec``     | VmSpec       | operator                                             |
+| ``vms/VM/request``  | VmRequest    | operator; removed by the leader when it acts on it   |
+| ``vms/VM/assignment``| Assignment  | the leader                                           |
+| ``vms/VM/run``      | Run          | the owner named by the assignment                    |
+
+The leader guards each write by the create revision of ``leader`` and by the mod revision of what it
+read; the owner guards ``run`` by the mod revisions of ``assignment`` and ``run``. So a claim of a run and
+the cancellation of its assignment exclude each other.
+"""
+
+import json
+from typing import Any, Final, Literal, TypeVar
+
+import attrs
+
+from clusterd.core.types import Desired, RunState, VmConfig
+from clusterd.errors import StoreUnknown
+from daemonkit.schema import SchemaError, structure, unstructure
+
+RECORD_BYTES_MAX: Final = 256 << 10
+EXITS_MAX: Final = 100
+
+
+def prefix(cluster: str) -> str:
+    """Where all keys of this cluster lie."""
+    return f"/holdfast/{cluster}/"
+
+
+@attrs.frozen
+class ClusterId:
+    id: str
+
+
+@attrs.frozen
+class PropertyTexts:
+    texts: dict[str, str]
+
+
+@attrs.frozen
+class Member:
+    """``admission``: normal, paused or leaving. ``drain``: its VMs are moved away too."""
+
+    name: str
+    admission: Literal["normal", "paused", "leaving"] = "normal"
+    drain: bool = False
+
+
+@attrs.frozen
+class Presence:
+    """``settled``: the store revision up to which the node has stopped every run that was taken from it."""
+
+    node: str
+    incarnation: int
+    boot_id: str
+    memory_bytes: int
+    vcpus: int
+    settled: int
+    control: str = ""
+
+
+@attrs.frozen
+class RunName:
+    vm: str
+    epoch: int
+
+
+@attrs.frozen
+class Goodbye:
+    """``leave``: ``runs`` were stopped, which is proof for exactly those. ``restart``: they go on."""
+
+    kind: Literal["leave", "restart"]
+    incarnation: int
+    boot_id: str
+    runs: tuple[RunName, ...] = ()
+
+
+@attrs.frozen
+class ConfirmedDead:
+    """Everything the node ran under this boot id, or under an earlier incarnation, has ended."""
+
+    boot_id: str
+    incarnation: int
+
+
+@attrs.frozen
+class Leader:
+    node: str
+
+
+@attrs.frozen
+class EpochCounter:
+    """The newest epoch ever handed out; never goes down."""
+
+    epoch: int
+
+
+@attrs.frozen
+class Window:
+    """An open isolation. ``elapsed_ns`` at the time of writing; ``grace_ns``: what an announced restart adds.
+    ``counts``: whether this episode is an ungraceful exit. ``ended``: the last finite window is over."""
+
+    elapsed_ns: int
+    grace_ns: int = 0
+    incarnation: int = 0
+    counts: bool = True
+    ended: bool = False
+
+
+@attrs.frozen
+class NodeRecord:
+    """``exit_ages_ns``: ages of the counted ungraceful exits at the time of writing, oldest first."""
+
+    window: Window | None = None
+    exit_ages_ns: tuple[int, ...] = ()
+    quarantine_elapsed_ns: int | None = None
+
+
+@attrs.frozen
+class MovedAway:
+    """Its mod revision is what the node's presence must be settled to before the node counts as up."""
+
+    vm: str
+    epoch: int
+
+
+@attrs.frozen
+class HeldItem:
+    """What the cluster would do but must not (S5). ``id`` is ``KIND-SUBJECT``."""
+
+    id: str
+    kind: str
+    subject: str
+    why: str
+    ends_when: str
+
+
+@attrs.frozen
+class HeldList:
+    items: tuple[HeldItem, ...]
+
+
+@attrs.frozen
+class VmSpec:
+    config: VmConfig
+    desired: Desired = "online"
+
+
+@attrs.frozen
+class VmRequest:
+    verb: Literal["move", "failover", "start"]
+    node: str | None = None
+
+
+@attrs.frozen
+class Assignment:
+    """``action`` stop: the owner ends this run. ``then``: where a restart-move goes on. ``attempt``: how
+    often in a row the VM was started again after it had failed. ``previous``: whom a failover took it
+    from, and the epoch there, so that it can be cancelled before the first lease is taken."""
+
+    owner: str
+    epoch: int
+    action: Literal["run", "stop"] = "run"
+    reason: str = ""
+    then: str | None = None
+    attempt: int = 0
+    previous: str | None = None
+    previous_epoch: int = 0
+
+
+@attrs.frozen
+class Run:
+    """What the owner observes of the run of this epoch."""
+
+    node: str
+    epoch: int
+    state: RunState
+    boot_id: str
+    pid: int | None = None
+    reason: str = ""
+    seen_epoch: int = 0
+
+
+KINDS: Final[dict[str, type]] = {
+    "id": ClusterId,
+    "properties": PropertyTexts,
+    "leader": Leader,
+    "epoch": EpochCounter,
+    "held": HeldList,
+    "members/": Member,
+    "presence/": Presence,
+    "goodbyes/": Goodbye,
+    "confirmed/": ConfirmedDead,
+    "nodes/": NodeRecord,
+    "moves/": MovedAway,
+    "/spec": VmSpec,
+    "/request": VmRequest,
+    "/assignment": Assignment,
+    "/run": Run,
+}
+
+R = TypeVar("R")
+
+
+def kind_of(key: str) -> type | None:
+    """The class of the record under this key (without the prefix), or None if the key is not ours."""
+    if key in KINDS:
+        return KINDS[key]
+    head, slash, tail = key.partition("/")
+    if head == "vms" and slash:
+        return KINDS.get("/" + tail.rpartition("/")[2])
+    return KINDS.get(head + "/") if slash and tail else None
+
+
+def encode_record(record: Any) -> bytes:
+    """JSON, with sorted keys: equal records are equal bytes."""
+    return json.dumps(unstructure(record), sort_keys=True, separators=(",", ":")).encode()
+
+
+def decode_record(cls: type[R], key: str, value: bytes) -> R:
+    """Raises StoreUnknown naming the key: a record that does not read is no knowledge."""
+    if len(value) > RECORD_BYTES_MAX:
+        raise StoreUnknown(f"store record {key}: larger than {RECORD_BYTES_MAX} bytes")
+    try:
+        return structure(cls, json.loads(value), where=key)
+    except (ValueError, RecursionError, SchemaError) as error:
+        raise StoreUnknown(f"store record {key}: {error}") from error
