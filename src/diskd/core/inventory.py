@@ -5,7 +5,7 @@ from typing import Final, Literal
 
 import attrs
 
-from daemonkit.units import GiB, KiB, MiB, MINUTE, SECOND
+from daemonkit.units import MINUTE, SECOND, GiB, KiB, MiB
 from diskd.errors import Refused
 
 NAME_PATTERN: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}", re.ASCII)
@@ -96,6 +96,6 @@ def check_name(kind: str, name: str) -> str:
     """``name`` if it may name an image, disk or VM; raises Refused with the rule."""
     if NAME_PATTERN.fullmatch(name) is None:
         raise Refused(
-            f"{name!r} cannot name {kind}: use a-z, 0-9, '.', '_' and '-', first a letter or digit, at most 63"
+            f"{name!r} cannot name {kind}: use up to 63 of a-z, 0-9, '.', '_', '-', not first one of '._-'"
         )
     return name

@@ -1,0 +1,166 @@
+"""Merging an AVHD back into its parent, in batches, resumable and idempotent (rule B6).
+
+Theory of operation. One batch of blocks goes through four steps, and may die between any two of them:
+
+    copy      AVHD -> parent, then fdatasync the parent     the entries still stand: reads see the AVHD
+    clear     the blocks' entries, durably                  from here on the parent's copy is the block
+    forget    the entries in memory                         reads and writes go to the parent
+    punch     the AVHD's space                              nobody reads it any more
+
+Doing a batch again from the start is harmless as long as its entries stand. A guest's write meets the batch
+like this (``admit``):
+
+    no entry                    to the parent; it cannot collide, since only blocks with entries are copied
+    entry, not being cleared    to the AVHD, and the block leaves the batch: what was copied of it is stale
+    entry, clearing submitted   waits until the entry is gone, then goes to the parent
+
+So the set of entries only shrinks, and no order of crashes can let a stale copy win over a flushed write.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+import attrs
+
+from daemonkit.errors import InvariantBroken
+from daemonkit.units import MiB
+from diskd.core.avhd import (
+    BLOCKS_PER_SECTOR,
+    DATA,
+    DATA_FILE,
+    MAP_FILE,
+    PARENT,
+    PARENT_FILE,
+    SECTOR_BYTES,
+    ZERO,
+    AvhdMap,
+    clear_in_sector,
+    decode_sector,
+    encode_sector,
+)
+from diskd.core.steps import Punch, Read, Script, Sync, Write
+
+# One read-and-write pair of the copy: large enough for a disk, small enough for memory.
+COPY_BYTES_MAX = 1 * MiB
+
+Admission = Literal["parent", "avhd", "wait"]
+
+
+@attrs.define(eq=False)
+class Merge:
+    """The batch in hand of one AVHD. All methods are synchronous; scripts run between them.
+
+    ``copying`` are the blocks whose copy may be under way (also those that left the batch since),
+    ``batch`` those still in it, ``clearing`` those whose clearing has been submitted.
+    """
+
+    map: AvhdMap
+    blocks_max: int
+    cursor: int = 0
+    copying: frozenset[int] = frozenset()
+    batch: set[int] = attrs.field(factory=set)
+    clearing: frozenset[int] = frozenset()
+
+    def admit(self, block: int) -> Admission:
+        """Where a write to this block goes; takes it out of the batch where it must leave."""
+        if block in self.clearing:
+            return "wait"
+        if self.map.state(block) == PARENT:
+            return "parent"
+        self.batch.discard(block)
+        return "avhd"
+
+    def start_batch(self, busy: Iterable[int] = ()) -> list[tuple[int, int, int]]:
+        """Choose the next blocks, as runs with their state, or nothing where no entry can be taken now.
+
+        ``busy`` blocks have a write of theirs under way and are left for a later batch.
+        """
+        if self.copying or self.clearing:
+            raise InvariantBroken("a batch of the merge was started within another")
+        taken = frozenset(busy)
+        blocks = self._next(taken)
+        self.copying, self.batch = frozenset(blocks), set(blocks)
+        self.cursor = blocks[-1] + 1 if blocks else 0
+        return self._runs(blocks)
+
+    def _next(self, busy: frozenset[int]) -> list[int]:
+        """From the cursor on, so that a block which the guest rewrites all the time holds up no other."""
+        for start in (self.cursor, 0):
+            found = self.map.entries_from(start, self.blocks_max + len(busy))
+            blocks = [block for block in found if block not in busy][: self.blocks_max]
+            if blocks:
+                return blocks
+        return []
+
+    def _runs(self, blocks: Sequence[int]) -> list[tuple[int, int, int]]:
+        runs: list[tuple[int, int, int]] = []
+        for block in blocks:
+            state = self.map.state(block)
+            if runs and runs[-1][0] + runs[-1][1] == block and runs[-1][2] == state:
+                runs[-1] = (runs[-1][0], runs[-1][1] + 1, state)
+            else:
+                runs.append((block, 1, state))
+        return runs
+
+    def copy(self, runs: Sequence[tuple[int, int, int]]) -> Script[None]:
+        """The blocks' content into the parent, durably. The entries stand, so that dying here costs nothing."""
+        head = self.map.head
+        for first, count, state in runs:
+            offset = first * head.block_bytes
+            end = min((first + count) * head.block_bytes, head.size_bytes)
+            if state == ZERO:
+                yield Punch(PARENT_FILE, offset, end - offset)
+                continue
+            while offset < end:
+                length = min(COPY_BYTES_MAX, end - offset)
+                data = yield Read(DATA_FILE, offset, length)
+                yield Write(PARENT_FILE, offset, data)
+                offset += length
+        yield Sync(PARENT_FILE)
+
+    def submit_clear(self) -> list[int]:
+        """The copy is durable: the blocks still in the batch, whose entries ``clear`` takes back now."""
+        self.clearing, self.copying = frozenset(self.batch), frozenset()
+        self.batch = set()
+        return sorted(self.clearing)
+
+    def clear(self, blocks: Sequence[int]) -> Script[None]:
+        """Durably clear the entries. Starts from what the file holds, never from memory, whose newer states
+        may vouch for data that is not synced yet; no flush of the same map runs at the same time."""
+        nonce = self.map.head.nonce
+        by_sector: dict[int, list[int]] = {}
+        for block in blocks:
+            by_sector.setdefault(block // BLOCKS_PER_SECTOR, []).append(block)
+        for index, members in sorted(by_sector.items()):
+            sector = yield Read(MAP_FILE, index * SECTOR_BYTES, SECTOR_BYTES)
+            cells = clear_in_sector(decode_sector(index, nonce, sector), index, members)
+            yield Write(MAP_FILE, index * SECTOR_BYTES, encode_sector(index, nonce, cells))
+        if by_sector:
+            yield Sync(MAP_FILE)
+
+    def forget(self) -> list[tuple[int, int]]:
+        """The entries are durably gone: memory follows. Returns the (offset, length) that can be punched."""
+        head = self.map.head
+        ranges: list[tuple[int, int]] = []
+        for first, count, state in self._runs(sorted(self.clearing)):
+            self.map.set_range(first, count, PARENT)
+            if state == DATA:
+                start = first * head.block_bytes
+                ranges.append((start, min(count * head.block_bytes, head.size_bytes - start)))
+        self.clearing = frozenset()
+        return ranges
+
+    def abandon_batch(self) -> None:
+        """A step failed: the entries stand, in memory too, and the batch can be done again."""
+        self.copying, self.clearing, self.batch = frozenset(), frozenset(), set()
+
+    @property
+    def is_done(self) -> bool:
+        """Nothing but the parent is left."""
+        return self.map.entries == 0
+
+
+def punch(ranges: Sequence[tuple[int, int]]) -> Script[None]:
+    """Give back the AVHD's space, after every read of it that began before ``forget`` has ended."""
+    for offset, length in ranges:
+        yield Punch(DATA_FILE, offset, length)
