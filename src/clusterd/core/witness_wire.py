@@ -52,7 +52,9 @@ def _table(value: Any, known: Iterable[str]) -> Table:
 
 
 def _list(table: Table, name: str) -> list[Any]:
-    value = table.get(name) or []
+    value = table.get(name)
+    if value is None:
+        return []
     if not isinstance(value, list):
         raise StoreRefusal(INVALID, f"json: {name} is not a list")
     return value
