@@ -1,0 +1,445 @@
+"""The export stream: one backup, or one difference, as bytes (docs/formats/export-stream.md).
+
+    prefix   magic "HFEXPORT", version, length of the header            16 bytes
+    header   msgpack: vm, point, base, kind, consistency, config, disks
+    frame    kind, disk, number, offset, length, BLAKE3                 56 bytes, then the data if any
+    ...      in order of disk and offset, never overlapping
+    trailer  the same 56 bytes: kind "end", the count of frames, the bytes of data, the whole digest
+
+The whole digest covers prefix, header and every frame header in order, and through the digests in them
+every byte of data: so a stream without its payloads (``export.index`` in the repository) still proves
+what the payloads were. The same codec serves the socket, ``diskctl export -o FILE`` and the repository.
+
+Both directions are sans-I/O. ``StreamDecoder`` refuses, before it takes memory, whatever is out of
+order, out of bounds or incomplete; after an error it stays in error. Digests of payloads are checked by
+whoever holds the payload (``Frame.check``), which is a worker thread's job.
+
+The receiver answers with small msgpack messages in length-prefixed frames (``Reply``): flow control is
+a window of bytes that may be on their way.
+"""
+
+import struct
+from enum import IntEnum
+from typing import Any, Final, Literal, NoReturn, TypeAlias
+
+import attrs
+from blake3 import blake3
+
+from daemonkit.codec import decode, encode
+from daemonkit.errors import OperatorError, ProtocolError
+from daemonkit.schema import structure, unstructure
+from daemonkit.units import SIZE_BYTES_MAX, KiB, MiB
+from diskd.core.inventory import CONFIG_BYTES_MAX, DISKS_MAX, NAME_PATTERN, POINT_PATTERN
+
+MAGIC: Final = b"HFEXPORT"
+VERSION: Final = 1
+PREFIX: Final = struct.Struct(">8sII")
+FRAME: Final = struct.Struct(">BBHIQQ32s")
+DIGEST_BYTES: Final = 32
+NO_DIGEST: Final = bytes(DIGEST_BYTES)
+
+# A frame is what is read, digested, sent and verified at once; larger ones gain nothing (measured: 1 MiB).
+DATA_BYTES_MAX: Final = 1 * MiB
+HEADER_BYTES_MAX: Final = 1 * MiB
+TEXT_BYTES_MAX: Final = 4 * KiB
+FRAMES_MAX: Final = 1 << 32
+REPLY_BYTES_MAX: Final = 64 * KiB
+# Sectors of QEMU's block layer: every size and every frame edge but an image's end is a multiple.
+SECTOR_BYTES: Final = 512
+
+ExportKind: TypeAlias = Literal["full", "differential"]
+
+
+class StreamError(ProtocolError):
+    """The stream is not what this format allows; nothing of it may be kept."""
+
+
+class StreamAborted(OperatorError):
+    """The sender gave up in the middle, and said why."""
+
+
+class FrameKind(IntEnum):
+    """What a frame says of its range. Zero reads as zeroes and was allocated; a hole was not."""
+
+    DATA = 1
+    ZERO = 2
+    HOLE = 3
+    END = 255
+    ABORT = 254
+
+
+@attrs.frozen
+class DiskHeader:
+    """One disk. ``cluster_bytes``: the source's advice for a differential's grain, which only it can
+    give, since it has the whole change map before the first frame."""
+
+    name: str
+    image: str
+    size_bytes: int
+    block_bytes: int
+    cluster_bytes: int
+    changed_bytes: int
+    exact: bool
+    over_report_bytes: int
+
+
+@attrs.frozen
+class ExportHeader:
+    """What the stream is of. ``config`` is the VM file's text, verbatim."""
+
+    vm: str
+    point: str
+    base: str | None
+    kind: ExportKind
+    consistency: str
+    config: str
+    disks: list[DiskHeader]
+
+
+@attrs.frozen
+class FrameHeader:
+    """``number`` counts all frames of the stream from 0."""
+
+    kind: FrameKind
+    disk: int
+    number: int
+    offset: int
+    length: int
+    digest: bytes
+
+    def pack(self) -> bytes:
+        """The 56 bytes."""
+        return FRAME.pack(self.kind, 0, self.disk, self.number, self.offset, self.length, self.digest)
+
+    @property
+    def end(self) -> int:
+        """The first byte behind the range."""
+        return self.offset + self.length
+
+
+@attrs.frozen
+class Frame:
+    """A frame as received; ``data`` is empty unless its kind is data."""
+
+    header: FrameHeader
+    data: bytes
+
+    def check(self) -> None:
+        """Raises StreamError unless the payload is what the source digested (B4)."""
+        if self.header.kind is FrameKind.DATA and blake3(self.data).digest() != self.header.digest:
+            raise StreamError(
+                f"frame {self.header.number}: the data at {self.header.offset} does not match its digest"
+            )
+
+
+@attrs.frozen
+class Trailer:
+    """The stream is complete: ``digest`` is the whole digest, ``disk_digests`` one per disk."""
+
+    frames: int
+    data_bytes: int
+    digest: bytes
+    disk_digests: list[bytes]
+
+
+def is_point(text: str) -> bool:
+    """``rp-`` and 16 hex digits."""
+    return POINT_PATTERN.fullmatch(text) is not None
+
+
+def check_header(header: ExportHeader) -> None:
+    """Raises StreamError for what no export of ours says: names become paths, so they are checked here."""
+    if not NAME_PATTERN.fullmatch(header.vm):
+        _refuse(f"{header.vm[:80]!r} is not a VM's name")
+    if not is_point(header.point) or (header.base is not None and not is_point(header.base)):
+        _refuse("a point is rp- and 16 hex digits")
+    if (header.kind == "full") != (header.base is None) or header.base == header.point:
+        _refuse("a full has no base, a differential has another point")
+    if len(header.config.encode("utf-8", "replace")) > CONFIG_BYTES_MAX or len(header.consistency) > 64:
+        _refuse("the configuration is too long")
+    if not 0 < len(header.disks) <= DISKS_MAX:
+        _refuse(f"a VM has 1 to {DISKS_MAX} disks, this one {len(header.disks)}")
+    if len({disk.name for disk in header.disks}) != len(header.disks):
+        _refuse("two disks have one name")
+    for disk in header.disks:
+        if not NAME_PATTERN.fullmatch(disk.name) or not NAME_PATTERN.fullmatch(disk.image):
+            _refuse(f"{disk.name[:80]!r} is not a disk's name")
+        if not 0 < disk.size_bytes <= SIZE_BYTES_MAX or disk.size_bytes % SECTOR_BYTES:
+            _refuse(
+                f"disk {disk.name}: a size of {disk.size_bytes} bytes is not a multiple of {SECTOR_BYTES}"
+            )
+        if min(disk.block_bytes, disk.cluster_bytes, disk.changed_bytes + 1, disk.over_report_bytes + 1) <= 0:
+            _refuse(f"disk {disk.name}: negative numbers")
+
+
+def _refuse(text: str) -> NoReturn:
+    raise StreamError(text)
+
+
+class _Order:
+    """The rules that make a sequence of frame headers one export; shared by every reader and writer."""
+
+    def __init__(self, opening: bytes, header: ExportHeader) -> None:
+        self.header = header
+        self.frames = 0
+        self.data_bytes = 0
+        self._disk = 0
+        self._end = 0
+        self._whole = blake3(opening)
+        self._disks = [blake3() for _ in header.disks]
+
+    def take(self, packed: bytes | memoryview, frame: FrameHeader) -> None:
+        """Account for one frame. Raises StreamError."""
+        if frame.number != self.frames or self.frames >= FRAMES_MAX - 1:
+            _refuse(f"frame {frame.number} came where {self.frames} was due")
+        if not self._disk <= frame.disk < len(self.header.disks):
+            _refuse(f"frame {frame.number}: disk {frame.disk} is out of order")
+        if frame.disk != self._disk:
+            self._disk, self._end = frame.disk, 0
+        size = self.header.disks[frame.disk].size_bytes
+        if frame.offset < self._end or frame.length <= 0 or frame.end > size:
+            _refuse(f"frame {frame.number}: its range is out of order or outside the disk")
+        if frame.offset % SECTOR_BYTES or frame.length % SECTOR_BYTES:
+            _refuse(f"frame {frame.number}: its range is not in whole sectors")
+        if frame.kind is FrameKind.DATA:
+            if frame.length > DATA_BYTES_MAX:
+                _refuse(f"frame {frame.number}: {frame.length} bytes of data are too many")
+            self.data_bytes += frame.length
+        elif frame.digest != NO_DIGEST:
+            _refuse(f"frame {frame.number}: a range without data has no digest")
+        self._end = frame.end
+        self.frames += 1
+        self._whole.update(packed)
+        self._disks[frame.disk].update(packed)
+
+    def trailer(self) -> Trailer:
+        return Trailer(
+            self.frames, self.data_bytes, self._whole.digest(), [disk.digest() for disk in self._disks]
+        )
+
+
+class StreamEncoder:
+    """Writes a stream. The caller sends ``opening``, then frames in order, then ``finish()``."""
+
+    def __init__(self, header: ExportHeader) -> None:
+        """Raises StreamError for a header that the other side would refuse."""
+        check_header(header)
+        body = encode(unstructure(header))
+        if len(body) > HEADER_BYTES_MAX:
+            _refuse("the header is too long")
+        self.opening: Final = PREFIX.pack(MAGIC, VERSION, len(body)) + body
+        self._order = _Order(self.opening, header)
+
+    @property
+    def data_bytes(self) -> int:
+        """How many bytes of data have been framed so far."""
+        return self._order.data_bytes
+
+    @property
+    def frames(self) -> int:
+        """How many frames have been framed so far."""
+        return self._order.frames
+
+    def frame(self, kind: FrameKind, disk: int, offset: int, length: int, data: Any = None) -> bytes:
+        """The header of the next frame; ``data`` is the payload, which follows it on the wire."""
+        digest = NO_DIGEST if data is None else blake3(data).digest()
+        header = FrameHeader(kind, disk, self._order.frames, offset, length, digest)
+        packed = header.pack()
+        self._order.take(packed, header)
+        return packed
+
+    def finish(self) -> bytes:
+        """The trailer."""
+        end = self._order.trailer()
+        return FRAME.pack(FrameKind.END, 0, 0, end.frames, end.data_bytes, 0, end.digest)
+
+    def summary(self) -> Trailer:
+        """The digests so far; after the last frame, those of the whole."""
+        return self._order.trailer()
+
+
+def abort(reason: str) -> bytes:
+    """What a sender says in place of the next frame when it cannot go on."""
+    text = reason.encode("utf-8", "replace")[:TEXT_BYTES_MAX]
+    return FRAME.pack(FrameKind.ABORT, 0, 0, 0, 0, len(text), NO_DIGEST) + text
+
+
+class StreamDecoder:
+    """Feed bytes in any portions; take events out until None means "more bytes are needed".
+
+    ``payloads=False`` reads an index: the same stream without its data.
+    """
+
+    def __init__(self, *, payloads: bool = True) -> None:
+        self._buffer = bytearray()
+        self._taken = 0
+        self._payloads = payloads
+        self._order: _Order | None = None
+        self._frame: FrameHeader | None = None
+        self._complete = False
+
+    @property
+    def complete(self) -> bool:
+        """True once the trailer has been taken."""
+        return self._complete
+
+    def feed(self, data: bytes | bytearray | memoryview) -> None:
+        """Raises StreamError for bytes behind the trailer."""
+        if self._complete and data:
+            _refuse("bytes behind the end of the stream")
+        if self._taken:
+            del self._buffer[: self._taken]
+            self._taken = 0
+        self._buffer += data
+
+    def finish(self) -> None:
+        """The stream has ended. Raises StreamError unless it was complete."""
+        if not self._complete:
+            _refuse("the stream ends before its trailer: it is not complete")
+
+    def next_event(self) -> ExportHeader | Frame | Trailer | None:
+        """Raises StreamError, or StreamAborted with the sender's reason."""
+        if self._complete:
+            return None
+        if self._order is None:
+            return self._opening()
+        if self._frame is None:
+            packed = self._take(FRAME.size)
+            if packed is None:
+                return None
+            event = self._frame_header(self._order, packed)
+            if not isinstance(event, FrameHeader):
+                return event
+            self._frame = event
+        size = self._frame.length if self._payloads and self._frame.kind is FrameKind.DATA else 0
+        if self._frame.kind is FrameKind.ABORT:
+            size = self._frame.length
+        data = self._take(size)
+        if data is None:
+            return None
+        frame, self._frame = self._frame, None
+        if frame.kind is FrameKind.ABORT:
+            raise StreamAborted(data.decode("utf-8", "replace"))
+        return Frame(frame, data)
+
+    def _opening(self) -> ExportHeader | None:
+        view = memoryview(self._buffer)[self._taken :]
+        if len(view) < PREFIX.size:
+            if not MAGIC.startswith(bytes(view[: len(MAGIC)])):
+                _refuse("this is not an export stream")
+            return None
+        magic, version, length = PREFIX.unpack_from(view)
+        if magic != MAGIC:
+            _refuse("this is not an export stream")
+        if version != VERSION:
+            _refuse(f"export stream version {version} is not known here, only {VERSION}")
+        if length > HEADER_BYTES_MAX:
+            _refuse(f"a header of {length} bytes is too long")
+        view.release()
+        opening = self._take(PREFIX.size + length)
+        if opening is None:
+            return None
+        try:
+            header = structure(ExportHeader, decode(opening[PREFIX.size :]), where="export header")
+        except OperatorError as error:
+            raise StreamError(str(error)) from error
+        check_header(header)
+        self._order = _Order(opening, header)
+        return header
+
+    def _frame_header(self, order: _Order, packed: bytes) -> FrameHeader | Trailer:
+        number, reserved, disk, sequence, offset, length, digest = FRAME.unpack(packed)
+        try:
+            kind = FrameKind(number)
+        except ValueError:
+            _refuse(f"frame {order.frames}: unknown kind {number}")
+        if reserved:
+            _refuse(f"frame {order.frames}: reserved bits are set")
+        if kind is FrameKind.END:
+            end = order.trailer()
+            if (disk, sequence, offset, length, digest) != (0, end.frames, end.data_bytes, 0, end.digest):
+                _refuse("the whole digest does not match: the stream was damaged on its way")
+            self._complete = True
+            if len(self._buffer) > self._taken:
+                _refuse("bytes behind the end of the stream")
+            return end
+        header = FrameHeader(kind, disk, sequence, offset, length, digest)
+        if kind is FrameKind.ABORT:
+            if length > TEXT_BYTES_MAX:
+                _refuse("the reason for giving up is too long")
+            return header
+        order.take(packed, header)
+        return header
+
+    def _take(self, size: int) -> bytes | None:
+        if len(self._buffer) - self._taken < size:
+            return None
+        data = bytes(memoryview(self._buffer)[self._taken : self._taken + size])
+        self._taken += size
+        return data
+
+
+# What the receiver says, each in a frame of daemonkit.frames.
+
+
+@attrs.frozen
+class Ready:
+    """Send frames; at most ``window_bytes`` may be unacknowledged."""
+
+    window_bytes: int
+
+
+@attrs.frozen
+class Ack:
+    """``taken`` frames are verified and written, ``durable`` of them synced."""
+
+    taken: int
+    durable: int
+
+
+@attrs.frozen
+class Working:
+    """Still verifying or syncing: a sign of life."""
+
+
+@attrs.frozen
+class Committed:
+    """The point is complete and durable at the receiver; ``digest`` is the whole digest that it holds."""
+
+    point: str
+    digest: str
+
+
+@attrs.frozen
+class RefusedReply:
+    """The receiver keeps nothing of this stream, and says why in one line."""
+
+    reason: str
+
+
+Reply: TypeAlias = Ready | Ack | Working | Committed | RefusedReply
+_REPLIES: Final[dict[str, type[Any]]] = {
+    "ready": Ready,
+    "ack": Ack,
+    "working": Working,
+    "committed": Committed,
+    "refused": RefusedReply,
+}
+_REPLY_NAMES: Final = {cls: name for name, cls in _REPLIES.items()}
+
+
+def encode_reply(reply: Reply) -> bytes:
+    """msgpack ``[NAME, FIELDS]``; the caller frames it."""
+    return encode([_REPLY_NAMES[type(reply)], unstructure(reply)])
+
+
+def decode_reply(payload: bytes) -> Reply:
+    """Raises StreamError."""
+    message = decode(payload, size_bytes_max=REPLY_BYTES_MAX)
+    if not isinstance(message, list) or len(message) != 2 or message[0] not in _REPLIES:
+        _refuse("the receiver answered in an unknown form")
+    try:
+        reply: Reply = structure(_REPLIES[message[0]], message[1], where=message[0])
+    except OperatorError as error:
+        raise StreamError(str(error)) from error
+    return reply

@@ -1,0 +1,158 @@
+"""The qcow2 writer against a bytearray, read back through our own reader (and checked as a structure)."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from diskd.core.copy_plan import Run
+from diskd.core.qcow2 import CLUSTER_SIZES, choose_cluster_bytes, l1_entries_of
+from diskd.core.qcow2_reader import Qcow2Reader, read_chain
+from diskd.core.qcow2_writer import Qcow2Writer
+from diskd.core.stream import FrameKind
+from diskd.errors import Damaged
+
+SECTOR = 512
+
+
+class MemoryFile:
+    """A file for the writer and the reader."""
+
+    def __init__(self) -> None:
+        self.data = bytearray()
+
+    def write(self, offset, data):
+        end = offset + len(data)
+        if end > len(self.data):
+            self.data.extend(bytes(end - len(self.data)))
+        self.data[offset:end] = data
+
+    def read(self, offset, length):
+        return bytes(self.data[offset : offset + length])
+
+    def reader(self):
+        return Qcow2Reader(self.read, len(self.data))
+
+
+class ChainBase:
+    """A base made of files already written."""
+
+    def __init__(self, model, size):
+        self.model, self.size = model, size
+
+    def read(self, offset, length):
+        inside = max(0, min(length, self.size - offset))
+        return bytes(self.model[offset : offset + inside]) + bytes(length - inside)
+
+    def nonzero_ranges(self, offset, length):
+        ranges = []
+        for start in range(offset, min(offset + length, self.size), SECTOR):
+            size = min(SECTOR, offset + length - start)
+            if any(self.model[start : start + size]):
+                ranges.append((start, size))
+        return ranges
+
+
+@st.composite
+def disks(draw, grain=SECTOR, blocks=160):
+    """(size, [(start, length, kind, fill)]) with ascending, disjoint ranges in whole grains."""
+    size = draw(st.integers(1, blocks)) * grain * draw(st.sampled_from([1, 3, 8]))
+    total = size // grain
+    cuts = sorted(draw(st.sets(st.integers(0, total), max_size=14)))
+    runs = []
+    for first, last in zip(cuts[::2], cuts[1::2], strict=False):
+        kind = draw(st.sampled_from(["data", "zero", "hole", "nul"]))
+        runs.append((first * grain, (last - first) * grain, kind, draw(st.integers(1, 255))))
+    return size, runs
+
+
+def write_layer(size, runs, cluster, model, base=None, backing=None):
+    """Write runs into a new file, apply them to ``model``, and return the file."""
+    file = MemoryFile()
+    writer = Qcow2Writer(file.write, size_bytes=size, cluster_bytes=cluster, backing=backing, base=base)
+    for start, length, kind, fill in runs:
+        data = bytes([fill]) * length if kind == "data" else bytes(length)
+        if kind in ("data", "nul"):
+            for piece in range(0, length, 7 * SECTOR):
+                writer.data(start + piece, data[piece : piece + 7 * SECTOR])
+        else:
+            writer.zero(start, length)
+        model[start : start + length] = data
+    file_bytes = writer.finish()
+    assert len(file.data) <= file_bytes
+    file.data.extend(bytes(file_bytes - len(file.data)))
+    return file
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    disks(),
+    st.sampled_from(CLUSTER_SIZES),
+    st.lists(st.tuples(disks(), st.sampled_from(CLUSTER_SIZES)), max_size=3),
+)
+def test_a_chain_reads_as_the_model_says(full, cluster, layers):
+    size, runs = full
+    model = bytearray(size)
+    files = [write_layer(size, runs, cluster, model)]
+    for (next_size, next_runs), next_cluster in layers:
+        base = ChainBase(bytearray(model), len(model))
+        grown = bytearray(next_size)
+        grown[: min(len(model), next_size)] = model[:next_size]
+        files.insert(0, write_layer(next_size, next_runs, next_cluster, grown, base, "../rp-0/d.qcow2"))
+        model = grown
+    readers = [file.reader() for file in files]
+    for reader in readers:
+        reader.check()
+    assert read_chain(readers, 0, len(model)) == bytes(model)
+    middle = len(model) // 3
+    assert read_chain(readers, middle, len(model) - middle) == bytes(model[middle:])
+
+
+@settings(max_examples=60, deadline=None)
+@given(disks(), st.sampled_from(CLUSTER_SIZES), st.data())
+def test_a_flipped_bit_in_a_table_is_damage_or_changes_nothing(full, cluster, data):
+    size, runs = full
+    model = bytearray(size)
+    file = write_layer(size, runs, cluster, model)
+    payload_free = [0, cluster, len(file.data) - 2 * cluster]
+    where = data.draw(st.sampled_from(payload_free)) + data.draw(st.integers(0, 103))
+    file.data[where] ^= 1 << data.draw(st.integers(0, 7))
+    try:
+        reader = file.reader()
+        reader.check()
+        found = read_chain([reader], 0, min(size, reader.header.size_bytes))
+    except Damaged:
+        return
+    assert len(found) == min(size, reader.header.size_bytes)
+
+
+@settings(max_examples=60, deadline=None)
+@given(disks(grain=4096))
+def test_the_chosen_cluster_size_makes_the_smallest_file(full):
+    size, runs = full
+    plan = [
+        Run(FrameKind.DATA if kind in ("data", "nul") else FrameKind.ZERO, start, length)
+        for start, length, kind, _ in runs
+    ]
+    chosen = choose_cluster_bytes(plan, size)
+
+    def naive(cluster):
+        stored, tables = set(), set()
+        for run in plan:
+            for index in range(run.offset // cluster, (run.end - 1) // cluster + 1):
+                tables.add(index // (cluster // 8))
+                whole = run.offset <= index * cluster and (index + 1) * cluster <= run.end
+                if run.kind is FrameKind.DATA or not whole:
+                    stored.add(index)
+        total = len(stored) + len(tables)
+        refcounts = -(-total * 2 // cluster) * cluster if total else 0
+        return total * cluster + refcounts + l1_entries_of(size, cluster) * 8
+
+    assert naive(chosen) == min(naive(cluster) for cluster in CLUSTER_SIZES)
+
+
+@given(st.binary(max_size=400))
+def test_random_bytes_are_damage(data):
+    file = MemoryFile()
+    file.data.extend(data)
+    with pytest.raises(Damaged):
+        file.reader()
