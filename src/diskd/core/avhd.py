@@ -26,10 +26,12 @@ A head without a readable map is Damaged and the image is not opened: falling ba
 silently take back flushed writes. No head means that the fork was never completed (or already ended).
 """
 
+import errno
 import json
 import struct
 import zlib
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import Any, Final
 
 import attrs
@@ -196,9 +198,8 @@ class AvhdMap:
             return [(first, 1, self.state(first))]
         low = first >> 2
         states = _unpack(self.cells[low : -(-(first + count) // 4)])[first - low * 4 :][:count]
-        edges = np.flatnonzero(np.diff(states)) + 1
-        starts = [0, *edges.tolist()]
-        ends = [*edges.tolist(), count]
+        edges: list[int] = (np.flatnonzero(states[1:] != states[:-1]) + 1).tolist()
+        starts, ends = [0, *edges], [*edges, count]
         return [(first + a, b - a, int(states[a])) for a, b in zip(starts, ends, strict=True)]
 
     def entries_from(self, block: int, limit: int) -> list[int]:
@@ -208,8 +209,8 @@ class AvhdMap:
         while start < len(self.cells) and len(found) < limit:
             part = self.cells[start : start + (1 << 16)]
             if part.any():
-                numbers = np.flatnonzero(_unpack(part)) + start * 4
-                found.extend(int(n) for n in numbers[numbers >= block][: limit - len(found)])
+                numbers = (int(n) + start * 4 for n in np.flatnonzero(_unpack(part)))
+                found.extend(islice((n for n in numbers if n >= block), limit - len(found)))
             start += 1 << 16
         return found
 
@@ -268,6 +269,18 @@ def _write_sectors(sectors: Iterable[tuple[int, bytes]]) -> Iterator[Write]:
         yield Write(MAP_FILE, start, bytes(joined))
 
 
+class SyncFailed(OSError):
+    """A failed sync is final (Linux forgets it on retry): the image answers EIO until it is reopened."""
+
+
+def final_sync(file: str) -> Script[None]:
+    """Sync, so that the caller can tell its failure from that of a write, which may be tried again."""
+    try:
+        yield Sync(file)
+    except OSError as error:
+        raise SyncFailed(errno.EIO, f"{file}: a sync failed: {error.strerror}") from error
+
+
 # --- scripts ---------------------------------------------------------------------------------------------
 
 
@@ -320,12 +333,12 @@ def flush(sectors: list[tuple[int, bytes]], *, parent: bool) -> Script[None]:
 
     ``parent``: it holds unsynced writes too (until its first sync after the cut; always during a merge).
     """
-    yield Sync(DATA_FILE)
+    yield from final_sync(DATA_FILE)
     if sectors:
         yield from _write_sectors(sectors)
-        yield Sync(MAP_FILE)
+        yield from final_sync(MAP_FILE)
     if parent:
-        yield Sync(PARENT_FILE)
+        yield from final_sync(PARENT_FILE)
 
 
 def remove() -> Script[None]:

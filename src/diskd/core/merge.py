@@ -37,8 +37,9 @@ from diskd.core.avhd import (
     clear_in_sector,
     decode_sector,
     encode_sector,
+    final_sync,
 )
-from diskd.core.steps import Punch, Read, Script, Sync, Write
+from diskd.core.steps import Punch, Read, Script, Write
 
 # One read-and-write pair of the copy: large enough for a disk, small enough for memory.
 COPY_BYTES_MAX = 1 * MiB
@@ -103,7 +104,7 @@ class Merge:
         return runs
 
     def copy(self, runs: Sequence[tuple[int, int, int]]) -> Script[None]:
-        """The blocks' content into the parent, durably. The entries stand, so that dying here costs nothing."""
+        """The blocks' content into the parent, durably. The entries stand: dying here costs nothing."""
         head = self.map.head
         for first, count, state in runs:
             offset = first * head.block_bytes
@@ -116,7 +117,7 @@ class Merge:
                 data = yield Read(DATA_FILE, offset, length)
                 yield Write(PARENT_FILE, offset, data)
                 offset += length
-        yield Sync(PARENT_FILE)
+        yield from final_sync(PARENT_FILE)
 
     def submit_clear(self) -> list[int]:
         """The copy is durable: the blocks still in the batch, whose entries ``clear`` takes back now."""
@@ -136,7 +137,12 @@ class Merge:
             cells = clear_in_sector(decode_sector(index, nonce, sector), index, members)
             yield Write(MAP_FILE, index * SECTOR_BYTES, encode_sector(index, nonce, cells))
         if by_sector:
-            yield Sync(MAP_FILE)
+            yield from final_sync(MAP_FILE)
+
+    def settle_block(self, block: int) -> Script[None]:
+        """The parent has this block (written, not yet synced): sync it, then clear the one entry."""
+        yield from final_sync(PARENT_FILE)
+        yield from self.clear([block])
 
     def forget(self) -> list[tuple[int, int]]:
         """The entries are durably gone: memory follows. Returns the (offset, length) that can be punched."""
@@ -151,7 +157,12 @@ class Merge:
         return ranges
 
     def abandon_batch(self) -> None:
-        """A step failed: the entries stand, in memory too, and the batch can be done again."""
+        """A step failed or was cut short: the entries stand in memory, and the batch can be done again.
+
+        The file may have lost those being cleared: their sectors count as changed, so that the next flush
+        vouches for them again before anybody relies on it.
+        """
+        self.map.dirty.update(block // BLOCKS_PER_SECTOR for block in self.clearing)
         self.copying, self.clearing, self.batch = frozenset(), frozenset(), set()
 
     @property
