@@ -62,7 +62,7 @@ class Request:
     cookie: int
     offset: int
     length: int
-    data: bytes | bytearray = b""
+    data: bytes | memoryview = b""
 
     @property
     def fua(self) -> bool:
@@ -79,6 +79,8 @@ class Request:
 
 Event: TypeAlias = Question | Request | Ended
 
+# The complement of an IntFlag leaves out unknown bits, and these are just what must be found: plain numbers.
+_CLIENT_FLAGS_UNKNOWN: Final = ~int(HandshakeFlag.FIXED_NEWSTYLE | HandshakeFlag.NO_ZEROES)
 _FLAGS_ALLOWED: Final = {
     Command.READ: CommandFlag.FUA | CommandFlag.DF,
     Command.WRITE: CommandFlag.FUA,
@@ -88,6 +90,7 @@ _FLAGS_ALLOWED: Final = {
     Command.WRITE_ZEROES: CommandFlag.FUA | CommandFlag.NO_HOLE,
     Command.BLOCK_STATUS: CommandFlag.FUA | CommandFlag.REQ_ONE,
 }
+_FLAGS_REFUSED: Final = {command: ~int(allowed) for command, allowed in _FLAGS_ALLOWED.items()}
 _COMMANDS: Final = {command.value: command for command in Command}
 _MODIFYING: Final = frozenset((Command.WRITE, Command.TRIM, Command.WRITE_ZEROES))
 _WITH_PAYLOAD: Final = frozenset((Command.READ, Command.WRITE))
@@ -201,7 +204,7 @@ class Session:
             return
         (flags,) = wire.CLIENT_FLAGS.unpack_from(self._buffer, self._start)
         self._start += wire.CLIENT_FLAGS.size
-        if flags & ~(HandshakeFlag.FIXED_NEWSTYLE | HandshakeFlag.NO_ZEROES):
+        if flags & _CLIENT_FLAGS_UNKNOWN:
             # "the server MUST close the TCP connection if it does not recognize the client's flags"
             raise NbdError(f"unknown client flags {flags:#x}")
         self._haggling.no_zeroes = bool(flags & HandshakeFlag.NO_ZEROES)
@@ -283,7 +286,7 @@ class Session:
 
     def _problem(self, command: Command | None, flags: int, offset: int, length: int) -> int:
         """The errno for a request that cannot be served; 0 for a good one."""
-        if command is None or flags & ~_FLAGS_ALLOWED[command]:
+        if command is None or flags & _FLAGS_REFUSED[command]:
             return errno.EINVAL
         if command in _WITH_PAYLOAD and length > wire.REQUEST_BYTES_MAX:
             return errno.EINVAL
@@ -314,7 +317,7 @@ class Session:
         if payload is None or payload.filled < len(payload.data):
             return None
         self._payload = None
-        return _with_data(payload.header, payload.data)
+        return _with_data(payload.header, memoryview(payload.data))
 
     # --- replies, in any order
 
@@ -360,7 +363,7 @@ class Session:
         self._out.append(_chunk(Chunk.ERROR, cookie, len(payload)) + payload)
 
 
-def _with_data(header: Request, data: bytes | bytearray) -> Request:
+def _with_data(header: Request, data: bytes | memoryview) -> Request:
     return Request(header.command, header.flags, header.cookie, header.offset, header.length, data)
 
 

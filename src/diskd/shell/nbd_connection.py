@@ -1,0 +1,319 @@
+"""One NBD connection over a real socket: moves bytes, asks the catalog, runs requests on the device.
+
+The loop reads as much as the socket holds and handles every complete request in place where the device
+can do so without waiting (``*_nowait``); the others run as tasks, a bounded number at a time. Replies of
+a batch leave with one sendmsg. After a time budget the loop sends what it has, which also lets other
+connections run.
+
+    socket -> Session -> in place --------------> replies -> sendmsg
+                      -> task: await device.x --^
+
+``drop`` ends a connection from outside (fencing, shutdown): nothing more is read, what runs is finished,
+its replies (ESHUTDOWN among them) are sent, then the socket is closed; all that within DROP_SECONDS_MAX.
+"""
+
+import errno
+import itertools
+from collections import deque
+from typing import Final
+
+import structlog
+import trio
+
+from daemonkit.errors import HoldfastError, InvariantBroken
+from daemonkit.units import MiB
+from diskd.core import nbd_wire as wire
+from diskd.core.nbd_haggling import Ended, ExportFacts, ExportWanted, NamesWanted
+from diskd.core.nbd_session import Request, Session, State
+from diskd.core.nbd_wire import Command, Descriptor, NbdError, Rep
+from diskd.core.ports import ChangeReport, Device, Export, ExportCatalog
+from diskd.errors import NoSuchExport
+
+# A client that haggles longer is not going to start; opening an export may have to wait for a drain.
+HANDSHAKE_SECONDS_MAX: Final = 30.0
+# QEMU keeps 16 requests in flight on a connection, libnbd's tools 64.
+IN_FLIGHT_MAX: Final = 128
+# Twice the largest request, so that one can be received while another is being served.
+IN_FLIGHT_BYTES_MAX: Final = 2 * wire.REQUEST_BYTES_MAX
+# Replies are sent when this much has gathered, or this much time has gone by: fairness among connections.
+BATCH_BYTES_MAX: Final = 1 * MiB
+BATCH_SECONDS_MAX: Final = 0.002
+# Long enough for replies to a live peer, short enough that a dead one does not hold up fencing.
+DROP_SECONDS_MAX: Final = 2.0
+# sendmsg refuses more buffers than this in one call (IOV_MAX).
+_BUFFERS_MAX: Final = 1024
+
+log = structlog.get_logger("nbd")
+
+
+class Connection:
+    """``run`` serves it to its end. ``reason`` says afterwards why it ended."""
+
+    def __init__(self, socket: trio.socket.SocketType, peer: str, catalog: ExportCatalog) -> None:
+        self._socket = socket
+        self._peer = peer
+        self._catalog = catalog
+        self._session = Session()
+        self._export: Export | None = None
+        self._reports: dict[str, ChangeReport] = {}
+        self._all = trio.CancelScope()
+        self._reading = trio.CancelScope()
+        self._send_lock = trio.Lock()
+        self._unsent: deque[memoryview] = deque()
+        self._batch_bytes = 0
+        self._in_flight = 0
+        self._in_flight_bytes = 0
+        self._room = trio.Event()
+        self._peer_gone = False
+        self.name = ""
+        self.reason = "the client closed the connection"
+
+    def drop(self, reason: str) -> None:
+        """End this connection from outside; see the module."""
+        if not self._reading.cancel_called:
+            self.reason = reason
+            self._reading.cancel(reason=reason)
+            self._all.deadline = min(self._all.deadline, trio.current_time() + DROP_SECONDS_MAX)
+
+    async def run(self) -> None:
+        """Never raises for anything that the peer or the device does; InvariantBroken comes out."""
+        try:
+            with self._all:
+                async with trio.open_nursery() as tasks:
+                    with self._reading:
+                        await self._serve(tasks)
+                await self._flush()
+        finally:
+            if self._export is not None:
+                self._export.close()
+
+    async def _serve(self, tasks: trio.Nursery) -> None:
+        try:
+            with trio.fail_after(HANDSHAKE_SECONDS_MAX):
+                await self._haggle()
+            if self._export is not None:
+                await self._transmit(tasks, self._export.device)
+        except trio.TooSlowError:
+            self.reason = f"no export was chosen within {HANDSHAKE_SECONDS_MAX:g} s"
+        except NbdError as error:
+            self.reason = str(error)
+        except OSError as error:
+            self.reason = error.strerror or str(error)
+
+    # --- bytes
+
+    async def _receive(self) -> bool:
+        """False at the end of the stream."""
+        count = await self._socket.recv_into(self._session.receive_buffer())
+        if count == 0:
+            self._session.finish()
+            return False
+        self._session.received(count)
+        return True
+
+    async def _flush(self) -> None:
+        """Send everything that is to be sent. A peer that has gone costs nothing but its replies."""
+        async with self._send_lock:
+            self._batch_bytes = 0
+            while not self._peer_gone:
+                if not self._unsent:
+                    output = self._session.take_output()
+                    if not output:
+                        return
+                    self._unsent.extend(map(memoryview, output))
+                try:
+                    await self._send_some()
+                except OSError as error:
+                    self._peer_gone = True
+                    self.reason = error.strerror or str(error)
+                    self._reading.cancel(reason="the peer has gone")
+            self._session.take_output()
+            self._unsent.clear()
+
+    async def _send_some(self) -> None:
+        """One sendmsg. What it did not take stays queued, also when it is cancelled."""
+        sent = await self._socket.sendmsg(list(itertools.islice(self._unsent, _BUFFERS_MAX)))
+        while self._unsent and sent >= len(self._unsent[0]):
+            sent -= len(self._unsent.popleft())
+        if sent:
+            self._unsent[0] = self._unsent[0][sent:]
+
+    # --- haggling
+
+    async def _haggle(self) -> None:
+        session = self._session
+        while session.state in (State.FLAGS, State.OPTIONS):
+            event = session.next_event()
+            if isinstance(event, NamesWanted):
+                session.names_found(self._catalog.names())
+            elif isinstance(event, ExportWanted):
+                await self._answer_export(event)
+            elif isinstance(event, Ended):
+                self.reason = event.reason
+            else:
+                await self._flush()
+                if not await self._receive():
+                    return
+
+    async def _answer_export(self, wanted: ExportWanted) -> None:
+        try:
+            if wanted.is_open:
+                export = await self._catalog.open(wanted.name, peer=self._peer, drop=self.drop)
+            else:
+                export = await self._catalog.info(wanted.name)
+        except NoSuchExport as error:
+            self._refuse(wanted, Rep.ERR_UNKNOWN, str(error))
+        except (HoldfastError, OSError) as error:
+            if isinstance(error, InvariantBroken):
+                raise
+            message = error.strerror if isinstance(error, OSError) else str(error)
+            self._refuse(wanted, Rep.ERR_POLICY, message or str(error))
+        else:
+            if self._session.export_found(_facts(export)):
+                self._export, self.name = export, wanted.name
+                log.info("nbd.opened", peer=self._peer, export=wanted.name)
+            else:
+                export.close()
+
+    def _refuse(self, wanted: ExportWanted, reply: Rep, message: str) -> None:
+        self._session.export_refused(reply, message)
+        if wanted.is_open:
+            self.reason = message
+            log.info("nbd.refused", peer=self._peer, export=wanted.name[:80], reason=message)
+
+    # --- transmission
+
+    async def _transmit(self, tasks: trio.Nursery, device: Device) -> None:
+        session = self._session
+        await self._flush()
+        while True:
+            deadline = trio.current_time() + BATCH_SECONDS_MAX
+            while (event := session.next_event()) is not None:
+                if isinstance(event, Ended):
+                    self.reason = event.reason
+                    return
+                assert isinstance(event, Request)
+                if not self._serve_in_place(event, device):
+                    await self._begin(event, tasks, device)
+                if self._batch_bytes >= BATCH_BYTES_MAX or trio.current_time() >= deadline:
+                    await self._flush()
+                    deadline = trio.current_time() + BATCH_SECONDS_MAX
+            if session.has_output:
+                await self._flush()
+            if not await self._receive():
+                return
+
+    def _serve_in_place(self, request: Request, device: Device) -> bool:
+        """True when the request has been answered."""
+        session = self._session
+        try:
+            if request.command is Command.READ:
+                data = device.read_nowait(request.offset, request.length) if request.length else b""
+                if data is None:
+                    return False
+                self._batch_bytes += request.length
+                session.reply_data(request, data)
+                return True
+            if request.command is Command.WRITE and not request.fua and request.length:
+                if not device.write_nowait(request.offset, request.data):
+                    return False
+                self._batch_bytes += request.length
+            elif request.command is not Command.CACHE and (
+                request.length or request.command is Command.FLUSH
+            ):
+                # CACHE is a hint: what it asks for, the kernel's page cache does by itself.
+                return False
+            session.reply_done(request)
+            return True
+        except OSError as error:
+            session.reply_error(request, error.errno, error.strerror or str(error))
+            return True
+
+    async def _begin(self, request: Request, tasks: trio.Nursery, device: Device) -> None:
+        """Start a task for the request, once there is room for it."""
+        cost = request.length if request.command in (Command.READ, Command.WRITE) else 0
+        while self._in_flight and (
+            self._in_flight >= IN_FLIGHT_MAX or self._in_flight_bytes + cost > IN_FLIGHT_BYTES_MAX
+        ):
+            await self._flush()
+            await self._room.wait()
+        self._in_flight += 1
+        self._in_flight_bytes += cost
+        tasks.start_soon(self._serve_waiting, request, cost, device)
+
+    async def _serve_waiting(self, request: Request, cost: int, device: Device) -> None:
+        try:
+            await self._execute(request, device)
+            await self._flush()
+        finally:
+            self._in_flight -= 1
+            self._in_flight_bytes -= cost
+            self._room.set()
+            self._room = trio.Event()
+
+    async def _execute(self, request: Request, device: Device) -> None:
+        session = self._session
+        try:
+            await self._carry_out(request, device)
+        except OSError as error:
+            session.reply_error(request, error.errno, error.strerror or str(error))
+        except InvariantBroken:
+            raise
+        except MemoryError:
+            session.reply_error(request, errno.ENOMEM, "out of memory")
+        except HoldfastError as error:
+            session.reply_error(request, errno.EIO, str(error))
+        except Exception:
+            log.exception("nbd.request_failed", export=self.name, command=request.command.name)
+            session.reply_error(request, errno.EIO, "internal error, see the log of diskd")
+
+    async def _carry_out(self, request: Request, device: Device) -> None:
+        offset, length, fua = request.offset, request.length, request.fua
+        match request.command:
+            case Command.READ:
+                self._session.reply_data(request, await device.read(offset, length))
+                return
+            case Command.BLOCK_STATUS:
+                self._session.reply_status(request, await self._status(request, device))
+                return
+            case Command.WRITE:
+                await device.write(offset, request.data, fua=fua)
+            case Command.WRITE_ZEROES:
+                await device.write_zeroes(offset, length, may_trim=request.may_trim, fua=fua)
+            case Command.TRIM:
+                await device.trim(offset, length, fua=fua)
+            case Command.FLUSH:
+                await device.flush()
+        self._session.reply_done(request)
+
+    async def _status(self, request: Request, device: Device) -> list[tuple[int, list[Descriptor]]]:
+        count_max = 1 if request.wants_one else wire.DESCRIPTORS_MAX
+        answers = []
+        for context_id, name in self._session.contexts:
+            if name == wire.BASE_ALLOCATION:
+                runs = await device.allocation(request.offset, request.length)
+                found = wire.allocation_descriptors(runs, count_max=count_max)
+            else:
+                extents = self._report(name).extents
+                found = wire.dirty_descriptors(extents, request.offset, request.length, count_max=count_max)
+            answers.append((context_id, found))
+        return answers
+
+    def _report(self, context: str) -> ChangeReport:
+        """The changes of a dirty-bitmap context: asked for once, since a frozen view does not change."""
+        report = self._reports.get(context)
+        if report is None:
+            assert self._export is not None
+            report = self._export.contexts[context.removeprefix(wire.DIRTY_BITMAP)]()
+            self._reports[context] = report
+        return report
+
+
+def _facts(export: Export) -> ExportFacts:
+    return ExportFacts(
+        size_bytes=export.device.size_bytes,
+        is_read_only=export.device.is_read_only,
+        multi_conn=export.multi_conn,
+        preferred_block_bytes=export.preferred_block_bytes,
+        points=tuple(export.contexts),
+    )

@@ -1,0 +1,149 @@
+"""Listens for NBD clients on TCP and Unix sockets. What one peer does costs only itself.
+
+``serve`` runs until cancelled; ``drain`` then lets what is in flight finish. The caller stops the
+listeners first, so that nobody new comes while the others are sent home.
+"""
+
+import contextlib
+import errno
+import os
+import socket
+import stat
+from collections.abc import AsyncIterator
+from typing import Final
+
+import structlog
+import trio
+
+from daemonkit.errors import InvariantBroken, OperatorError
+from daemonkit.ports import Address
+from diskd.core.ports import ExportCatalog
+from diskd.shell.nbd_connection import DROP_SECONDS_MAX, Connection
+
+# Each takes two file descriptors at most and, when busy, IN_FLIGHT_BYTES_MAX of memory.
+CONNECTIONS_MAX: Final = 512
+# Fewer wake-ups for large replies than with trio's default of 16 KiB; still little is queued in the kernel.
+_UNSENT_BYTES: Final = 1 << 20
+
+log = structlog.get_logger("nbd")
+
+
+class NbdServer:
+    """Serves the exports of one catalog on any number of listeners."""
+
+    def __init__(self, catalog: ExportCatalog, *, connections_max: int = CONNECTIONS_MAX) -> None:
+        self._catalog = catalog
+        self._connections: set[Connection] = set()
+        self._connections_max = connections_max
+        self._changed = trio.Event()
+
+    @property
+    def connections(self) -> int:
+        return len(self._connections)
+
+    async def serve_tcp(
+        self, address: Address, *, task_status: trio.TaskStatus[Address] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        """started() gives the bound address. Raises OperatorError where it cannot listen."""
+        try:
+            listeners = await trio.open_tcp_listeners(address.port, host=address.host)
+        except OSError as error:
+            raise OperatorError(f"cannot listen on {address}: {error.strerror or error}") from error
+        task_status.started(Address(address.host, listeners[0].socket.getsockname()[1]))
+        await trio.serve_listeners(self._accept, listeners)
+
+    async def serve_unix(
+        self, path: str, *, task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        """started() gives the path. Raises OperatorError where it cannot listen."""
+        async with _unix_listener(path) as listener:
+            task_status.started(path)
+            await trio.serve_listeners(self._accept, [listener])
+
+    async def _accept(self, stream: trio.SocketStream) -> None:
+        await self.serve_socket(stream.socket)
+
+    async def serve_socket(self, sock: trio.socket.SocketType) -> None:
+        """Serve one connected socket to its end, and close it."""
+        with sock:
+            peer = _peer_name(sock)
+            if len(self._connections) >= self._connections_max:
+                log.warning("nbd.too_many_connections", peer=peer, limit=self._connections_max)
+                return
+            _tune(sock)
+            connection = Connection(sock, peer, self._catalog)
+            self._connections.add(connection)
+            try:
+                await connection.run()
+            except* (OSError, trio.ClosedResourceError) as group:
+                connection.reason = str(group.exceptions[0])
+            except* InvariantBroken:
+                raise
+            except* Exception:
+                # The supervision boundary: a defect met by one peer must not end the service of the others.
+                log.exception("nbd.connection_failed", peer=peer)
+            finally:
+                self._connections.discard(connection)
+                self._changed.set()
+                self._changed = trio.Event()
+                log.info("nbd.closed", peer=peer, export=connection.name, reason=connection.reason)
+
+    async def drain(self, reason: str) -> None:
+        """Drop all connections and wait until they have ended; bounded by their own limit."""
+        with trio.move_on_after(2 * DROP_SECONDS_MAX):
+            while self._connections:
+                for connection in list(self._connections):
+                    connection.drop(reason)
+                await self._changed.wait()
+
+
+def _peer_name(sock: trio.socket.SocketType) -> str:
+    try:
+        name = sock.getpeername()
+    except OSError:
+        return "gone"
+    return f"{name[0]}:{name[1]}" if isinstance(name, tuple) else "local"
+
+
+def _tune(sock: trio.socket.SocketType) -> None:
+    if sock.family == socket.AF_UNIX:
+        return
+    with contextlib.suppress(OSError):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        # A host that loses power says no goodbye; without this its connection would stay for ever.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT_BYTES)
+
+
+def _remove_stale(path: str) -> None:
+    """Remove a socket file that nobody listens on. Raises OperatorError for anything else there."""
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(mode):
+        raise OperatorError(f"cannot listen on {path}: the file exists and is no socket")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        code = probe.connect_ex(path)
+    if code != errno.ECONNREFUSED:
+        raise OperatorError(f"cannot listen on {path}: another process listens there")
+    os.unlink(path)
+
+
+@contextlib.asynccontextmanager
+async def _unix_listener(path: str) -> AsyncIterator[trio.SocketListener]:
+    _remove_stale(path)
+    sock = trio.socket.socket(trio.socket.AF_UNIX, trio.socket.SOCK_STREAM)
+    with sock:
+        try:
+            await sock.bind(path)
+        except OSError as error:
+            raise OperatorError(f"cannot listen on {path}: {error.strerror or error}") from error
+        try:
+            sock.listen(min(128, CONNECTIONS_MAX))
+            yield trio.SocketListener(sock)
+        finally:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
