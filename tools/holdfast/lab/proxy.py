@@ -271,9 +271,10 @@ class LinkProxies:
                     return
                 await stream.send_all(chunk.data)
             except (trio.BrokenResourceError, OSError):
-                # The receiver is gone; its reset travels back on the other direction of the link.
-                await self._wait_open(link.reverse)
-                raise Reset from None
+                break
+        # The receiver is gone; its reset travels back on the other direction of the link.
+        await self._wait_open(link.reverse)
+        raise Reset
 
     # ---- datagrams
 
