@@ -1,0 +1,143 @@
+"""The calls of clusterd's control: what ``clusterctl`` asks of any node, and nodes of each other.
+
+Reads are answered from memory and never wait for the store. Every verb of the operator is one method
+whose parameters are the command itself; "accepted" means recorded in the store, not finished.
+"""
+
+from typing import Any, Final
+
+import attrs
+
+from clusterd.core.commands import (
+    ClearQuarantine,
+    ConfirmDead,
+    FailoverVm,
+    LeaveNode,
+    MoveVm,
+    PauseNode,
+    RemoveNode,
+    RemoveVm,
+    ResumeNode,
+    SetProperty,
+    StartVm,
+    StopVm,
+)
+from clusterd.core.types import Disk
+from daemonkit.methods import Method
+
+EVENTS_PER_REPLY_MAX: Final = 1000
+
+
+@attrs.frozen
+class Nothing:
+    """No parameters, or no result."""
+
+
+@attrs.frozen
+class Document:
+    """Plain data for a JSON document."""
+
+    document: dict[str, Any]
+
+
+@attrs.frozen
+class Rows:
+    """Plain data for a JSON list."""
+
+    rows: list[dict[str, Any]]
+
+
+@attrs.frozen
+class Accepted:
+    """The command is recorded; ``text`` says what follows from it."""
+
+    text: str
+
+
+@attrs.frozen
+class VmFile:
+    """A VM file's text. ``replace``: apply, also to a VM that is there."""
+
+    text: str
+    replace: bool = False
+    start: bool = True
+
+
+@attrs.frozen
+class VmName:
+    vm: str
+
+
+@attrs.frozen
+class NodeName:
+    node: str
+
+
+@attrs.frozen
+class EventsSince:
+    """Events after this sequence number. ``wait``: answer only once there is one, or after some seconds."""
+
+    after: int = 0
+    wait: bool = False
+
+
+@attrs.frozen
+class EventList:
+    """``next``: what to ask after. ``missed``: so many were too old to be kept."""
+
+    events: list[dict[str, Any]]
+    next: int
+    missed: int = 0
+
+
+@attrs.frozen
+class ProbeRequest:
+    """Could this node start the VM now? It asks each diskd over its own links."""
+
+    vm: str
+    disks: list[Disk]
+
+
+@attrs.frozen
+class ProbeReply:
+    """``reached``: every diskd answered. ``epochs``: image -> the newest epoch that its diskd showed."""
+
+    reached: bool
+    reason: str
+    epochs: dict[str, int]
+
+
+STATUS: Final = Method("status", Nothing, Document)
+EVENTS: Final = Method("events", EventsSince, EventList)
+EXPLAIN_NODE: Final = Method("explain.node", NodeName, Rows)
+PROBE: Final = Method("node.probe", ProbeRequest, ProbeReply)
+VM_SHOW: Final = Method("vm.show", VmName, Document)
+VM_ADD: Final = Method("vm.add", VmFile, Accepted)
+VM_REMOVE: Final = Method("vm.remove", RemoveVm, Accepted)
+VM_START: Final = Method("vm.start", StartVm, Accepted)
+VM_STOP: Final = Method("vm.stop", StopVm, Accepted)
+VM_MOVE: Final = Method("vm.move", MoveVm, Accepted)
+VM_FAILOVER: Final = Method("vm.failover", FailoverVm, Accepted)
+NODE_PAUSE: Final = Method("node.pause", PauseNode, Accepted)
+NODE_RESUME: Final = Method("node.resume", ResumeNode, Accepted)
+NODE_LEAVE: Final = Method("node.leave", LeaveNode, Accepted)
+NODE_REMOVE: Final = Method("node.remove", RemoveNode, Accepted)
+NODE_CLEAR_QUARANTINE: Final = Method("node.clear_quarantine", ClearQuarantine, Accepted)
+NODE_CONFIRM_DEAD: Final = Method("node.confirm_dead", ConfirmDead, Accepted)
+PROPERTY_SET: Final = Method("property.set", SetProperty, Accepted)
+
+COMMANDS: Final = (
+    VM_REMOVE,
+    VM_START,
+    VM_STOP,
+    VM_MOVE,
+    VM_FAILOVER,
+    NODE_PAUSE,
+    NODE_RESUME,
+    NODE_LEAVE,
+    NODE_REMOVE,
+    NODE_CLEAR_QUARANTINE,
+    NODE_CONFIRM_DEAD,
+    PROPERTY_SET,
+)
+"""Those whose parameters are the command as it is."""
