@@ -126,7 +126,7 @@ NODE_CLEAR_QUARANTINE: Final = Method("node.clear_quarantine", ClearQuarantine, 
 NODE_CONFIRM_DEAD: Final = Method("node.confirm_dead", ConfirmDead, Accepted)
 PROPERTY_SET: Final = Method("property.set", SetProperty, Accepted)
 
-COMMANDS: Final = (
+COMMANDS: Final[tuple[Method[Any, Accepted], ...]] = (
     VM_REMOVE,
     VM_START,
     VM_STOP,

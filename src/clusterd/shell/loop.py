@@ -73,6 +73,11 @@ class CoreLoop:
         """There are datagrams in the mailbox."""
         self._woken.set()
 
+    def end(self, reason: str) -> None:
+        """End the loop without the core's goodbye."""
+        self.exit_reason = self.exit_reason or reason
+        self._woken.set()
+
     async def run(self, heartbeats: Heartbeats, carry_out: Callable[[Act], None]) -> str:
         """Until the core says Exit; returns its reason."""
         self._heartbeats, self._carry_out = heartbeats, carry_out

@@ -6,9 +6,11 @@ The clients are the same as an etcd's (``shell.store``); see docs/formats/store.
 """
 
 import contextlib
+import functools
 import json
 import os
 import secrets
+import signal
 import socket
 import sqlite3
 from collections.abc import Awaitable, Callable
@@ -366,3 +368,13 @@ async def _serve(witness: Witness, listen: Address, task_status: trio.TaskStatus
         nursery.start_soon(witness.expire)
         await nursery.start(hypercorn.trio.serve, application(witness), _config(bound))
         task_status.started(Address(listen.host, port))
+
+
+async def run_witness(data: Path, listen: Address, announce: Callable[..., Any]) -> None:
+    """Serve until SIGTERM or SIGINT; ``announce`` is called once with the bound address."""
+    async with trio.open_nursery() as nursery:
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            bound = await nursery.start(functools.partial(serve_witness, data, listen))
+            announce(control=str(bound), url=f"http://{bound}")
+            await anext(signals)
+        nursery.cancel_scope.cancel(reason="signalled")

@@ -1,0 +1,71 @@
+"""How ``clusterctl`` reaches a node: each given address in turn, until one of them answers."""
+
+import math
+import os
+import re
+from typing import Any, Final, TypeVar
+
+import attrs
+import click
+import trio
+
+from daemonkit.cli import CALL_SECONDS_MAX, read_key, run_async
+from daemonkit.errors import UsageError
+from daemonkit.methods import Method
+from daemonkit.ports import Address
+from daemonkit.rpc import CallFailed, connect
+
+P = TypeVar("P")
+R = TypeVar("R")
+
+CONNECT_SECONDS_MAX: Final = 2.0
+
+
+@attrs.frozen
+class Cluster:
+    """The addresses to try, and the key to show them."""
+
+    addresses: tuple[Address, ...]
+    key: bytes | None
+
+    def read(self, method: Method[P, R], params: P) -> R:
+        """Ask whichever node answers."""
+        return run_async(lambda: self.ask(method, params, repeatable=True))
+
+    def command(self, method: Method[P, R], params: P) -> R:
+        """Ask one node only, once it took the connection: asking twice could do it twice."""
+        return run_async(lambda: self.ask(method, params, repeatable=False))
+
+    async def ask(self, method: Method[P, R], params: P, *, repeatable: bool) -> R:
+        """The answer. Raises CallRefused, or CallFailed with what each address said."""
+        failures: list[str] = []
+        for address in self.addresses:
+            connected = False
+            try:
+                with trio.fail_after(CONNECT_SECONDS_MAX) as connecting:
+                    async with connect(address, key=self.key) as client:
+                        connected, connecting.deadline = True, math.inf
+                        with trio.fail_after(CALL_SECONDS_MAX):
+                            return await client.call(method, params)
+            except trio.TooSlowError:
+                failure = f"{address}: no answer"
+            except CallFailed as error:
+                failure = str(error)
+            if connected and not repeatable:
+                raise CallFailed(f"{failure}; whether it was done is unknown: look at `clusterctl status`")
+            failures.append(failure)
+        raise CallFailed("; ".join(failures))
+
+
+def find_cluster(nodes: tuple[str, ...], key_file: str | None) -> Cluster:
+    """From the options, else from HOLDFAST_NODE. Raises UsageError where no address is given."""
+    texts = list(nodes) or [text for text in re.split(r"[\s,]+", os.environ.get("HOLDFAST_NODE", "")) if text]
+    if not texts:
+        raise UsageError("which node? give --node HOST:PORT, or set HOLDFAST_NODE")
+    return Cluster(tuple(Address.parse(text) for text in texts), read_key(key_file))
+
+
+def cluster_of(context: click.Context) -> Cluster:
+    """The cluster that the root command's options name; looked up when a verb first needs it."""
+    options: dict[str, Any] = context.find_root().params
+    return find_cluster(options["node"], options["key"])

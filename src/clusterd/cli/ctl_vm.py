@@ -1,0 +1,173 @@
+"""``clusterctl vm``: what runs in the cluster."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from clusterd.cli.ctl_client import cluster_of
+from clusterd.config import read_vm_file
+from clusterd.core import calls
+from clusterd.core.commands import FailoverVm, MoveVm, RemoveVm, StartVm, StopVm
+from clusterd.core.types import check_name
+from clusterd.errors import Refused
+from daemonkit.cli import print_json
+from daemonkit.errors import OperatorError
+
+FILE = click.Path(path_type=Path, dir_okay=False)
+
+
+def _vm_name(context: click.Context, parameter: click.Parameter, value: str) -> str:
+    return check_name(value, "VM")
+
+
+def _node_name(context: click.Context, parameter: click.Parameter, value: str) -> str:
+    return check_name(value, "node")
+
+
+VM = click.argument("name", metavar="VM", callback=_vm_name)
+JSON = click.option("--json", "as_json", is_flag=True, help="One JSON document.")
+
+
+@click.group()
+def vm() -> None:
+    """Add, start, stop and move VMs.
+
+    A verb that changes something is done when it is recorded; `clusterctl status` shows what comes of it.
+    """
+
+
+def _add(context: click.Context, path: Path, *, replace: bool, start: bool) -> None:
+    config = read_vm_file(path)
+    params = calls.VmFile(config.text, replace=replace, start=start)
+    click.echo(cluster_of(context).command(calls.VM_ADD, params).text)
+
+
+@vm.command()
+@click.argument("path", type=FILE, metavar="FILE.toml")
+@click.option("--no-start", is_flag=True, help="Record it, but leave it offline.")
+@click.pass_context
+def add(context: click.Context, path: Path, no_start: bool) -> None:
+    """Add a VM from its file, and start it."""
+    _add(context, path, replace=False, start=not no_start)
+
+
+@vm.command()
+@click.argument("path", type=FILE, metavar="FILE.toml")
+@click.pass_context
+def apply(context: click.Context, path: Path) -> None:
+    """Add a VM, or replace its configuration; a running one takes it up at its next start."""
+    _add(context, path, replace=True, start=True)
+
+
+@vm.command("list")
+@JSON
+@click.pass_context
+def list_(context: click.Context, as_json: bool) -> None:
+    """List the VMs."""
+    document = cluster_of(context).read(calls.STATUS, calls.Nothing()).document
+    if as_json:
+        print_json([{"name": name, **row} for name, row in sorted(document["vms"].items())])
+        return
+    from clusterd.cli.ctl_view import console, vms_table
+
+    console().print(vms_table(document))
+
+
+@vm.command()
+@VM
+@JSON
+@click.pass_context
+def show(context: click.Context, name: str, as_json: bool) -> None:
+    """Show a VM: its configuration, and how it is."""
+    cluster = cluster_of(context)
+    config = cluster.read(calls.VM_SHOW, calls.VmName(name)).document
+    status = cluster.read(calls.STATUS, calls.Nothing()).document
+    document: dict[str, Any] = {"name": name, **config, "status": status["vms"].get(name)}
+    if as_json:
+        print_json(document)
+        return
+    from clusterd.cli.ctl_view import console, vms_table
+
+    console().print(vms_table({"vms": {name: document["status"]}} if document["status"] else {"vms": {}}))
+    text = (config.get("config") or {}).get("text") or config.get("text")
+    if text:
+        click.echo()
+        click.echo(text.rstrip())
+
+
+@vm.command()
+@VM
+@click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
+@click.pass_context
+def remove(context: click.Context, name: str, dry_run: bool) -> None:
+    """Forget a VM that is stopped. Its images stay with diskd."""
+    cluster = cluster_of(context)
+    if dry_run:
+        row = cluster.read(calls.STATUS, calls.Nothing()).document["vms"].get(name)
+        if row is None:
+            raise Refused(f"no VM {name!r}: see `clusterctl vm list`")
+        if row["state"] not in ("offline", "failed"):
+            raise Refused(f"VM {name} is {row['state']}: stop it first with `clusterctl vm stop {name}`")
+        click.echo(f"would remove VM {name}; its images would stay with diskd")
+        return
+    click.echo(cluster.command(calls.VM_REMOVE, RemoveVm(name)).text)
+
+
+@vm.command()
+@VM
+@click.pass_context
+def start(context: click.Context, name: str) -> None:
+    """Start a VM where it fits best; also one that has failed."""
+    click.echo(cluster_of(context).command(calls.VM_START, StartVm(name)).text)
+
+
+@vm.command()
+@VM
+@click.pass_context
+def stop(context: click.Context, name: str) -> None:
+    """Stop a VM: it is asked to end, and ended if it does not."""
+    click.echo(cluster_of(context).command(calls.VM_STOP, StopVm(name)).text)
+
+
+@vm.command()
+@VM
+@click.argument("node", metavar="NODE", callback=_node_name)
+@click.pass_context
+def move(context: click.Context, name: str, node: str) -> None:
+    """Move a VM to another node: stopped here, started there."""
+    click.echo(cluster_of(context).command(calls.VM_MOVE, MoveVm(name, node)).text)
+
+
+@vm.command()
+@VM
+@click.pass_context
+def failover(context: click.Context, name: str) -> None:
+    """Do not wait for the window to end: fail this VM over as soon as it is fenced."""
+    click.echo(cluster_of(context).command(calls.VM_FAILOVER, FailoverVm(name)).text)
+
+
+@vm.command()
+@VM
+@click.option("--target", required=True, metavar="HOST:PORT")
+@click.option("--full", is_flag=True)
+def backup(name: str, target: str, full: bool) -> None:
+    """Back a VM up through the cluster: not built, `diskctl backup` does it."""
+    option = " --full" if full else ""
+    raise OperatorError(
+        "vm backup is not built; back it up at its diskd:"
+        f" diskctl backup --vm {name} --image IMAGE... --target {target}{option}"
+    )
+
+
+@vm.command()
+@VM
+@click.argument("point", metavar="POINT")
+@click.option("--target", required=True, metavar="HOST:PORT")
+@click.option("--as", "new_name", metavar="NAME")
+def restore(name: str, point: str, target: str, new_name: str | None) -> None:
+    """Restore a VM through the cluster: not built, `diskctl target restore` does it."""
+    raise OperatorError(
+        "vm restore is not built; copy the files out, import the disks and add the VM"
+        f" ({new_name or name}): diskctl target restore {name} {point} --to DIR --target {target}"
+    )
