@@ -141,6 +141,10 @@ class Trailer:
     digest: bytes
     disk_digests: list[bytes]
 
+    def pack(self) -> bytes:
+        """The 56 bytes."""
+        return FRAME.pack(FrameKind.END, 0, 0, self.frames, self.data_bytes, 0, self.digest)
+
 
 def is_point(text: str) -> bool:
     """``rp-`` and 16 hex digits."""
@@ -250,8 +254,7 @@ class StreamEncoder:
 
     def finish(self) -> bytes:
         """The trailer."""
-        end = self._order.trailer()
-        return FRAME.pack(FrameKind.END, 0, 0, end.frames, end.data_bytes, 0, end.digest)
+        return self._order.trailer().pack()
 
     def summary(self) -> Trailer:
         """The digests so far; after the last frame, those of the whole."""
@@ -267,7 +270,8 @@ def abort(reason: str) -> bytes:
 class StreamDecoder:
     """Feed bytes in any portions; take events out until None means "more bytes are needed".
 
-    ``payloads=False`` reads an index: the same stream without its data.
+    ``payloads=False`` reads an index: the same stream without its data. ``opening`` holds prefix and
+    header, verbatim, once the header has been taken.
     """
 
     def __init__(self, *, payloads: bool = True) -> None:
@@ -277,6 +281,7 @@ class StreamDecoder:
         self._order: _Order | None = None
         self._frame: FrameHeader | None = None
         self._complete = False
+        self.opening = b""
 
     @property
     def complete(self) -> bool:
@@ -344,6 +349,7 @@ class StreamDecoder:
         except OperatorError as error:
             raise StreamError(str(error)) from error
         check_header(header)
+        self.opening = opening
         self._order = _Order(opening, header)
         return header
 

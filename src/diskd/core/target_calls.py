@@ -1,0 +1,131 @@
+"""The calls of `diskd target`; diskd, diskctl and the target use the same definitions.
+
+``EXPORT`` and ``RESTORE`` are stream methods (daemonkit.rpc): after the answer the connection carries an
+export stream, to the target or from it (docs/formats/export-stream.md).
+"""
+
+from typing import Final
+
+import attrs
+
+from daemonkit.methods import Method
+from diskd.core.stream import ExportKind
+
+
+@attrs.frozen
+class Nothing:
+    """No parameters, or no result beyond the fact that it is done."""
+
+
+@attrs.frozen
+class VmName:
+    """A VM, or all of them."""
+
+    vm: str | None
+
+
+@attrs.frozen
+class PointName:
+    """A VM's point."""
+
+    vm: str
+    point: str
+
+
+@attrs.frozen
+class PointFilter:
+    """One point, or all points of a VM, or everything."""
+
+    vm: str | None
+    point: str | None
+
+
+@attrs.frozen
+class ListedDisk:
+    """``file_size`` is what the file takes on the target's disk."""
+
+    name: str
+    virtual_size: int
+    file_size: int
+
+
+@attrs.frozen
+class ListedPoint:
+    """One committed point. ``damaged`` says why it cannot be restored, or is None."""
+
+    vm: str
+    point: str
+    base: str | None
+    kind: ExportKind | None
+    synthetic: bool
+    consistency: str | None
+    exact: bool | None
+    committed_at: str | None
+    disks: list[ListedDisk]
+    damaged: str | None
+
+
+@attrs.frozen
+class ListReport:
+    """Oldest first within a VM."""
+
+    points: list[ListedPoint]
+
+
+@attrs.frozen
+class OfferedPoint:
+    """A point that can serve as base."""
+
+    point: str
+    disks: dict[str, int]
+
+
+@attrs.frozen
+class OfferedPoints:
+    """``known`` counts all points of the VM at the target, the damaged ones included."""
+
+    known: int
+    points: list[OfferedPoint]
+
+
+@attrs.frozen
+class SettleReport:
+    """After this answer the point either is committed or never will be by that stream."""
+
+    committed: bool
+
+
+@attrs.frozen
+class Verified:
+    """``problems`` is empty where every byte is what the manifest and the source's digests say."""
+
+    vm: str
+    point: str
+    bytes_read: int
+    problems: list[str]
+
+
+@attrs.frozen
+class VerifyReport:
+    """All that was asked for."""
+
+    points: list[Verified]
+
+
+@attrs.frozen
+class SynthesizeReport:
+    """``was`` is the base that the point no longer needs, or None if it was a full already."""
+
+    vm: str
+    point: str
+    was: str | None
+    file_bytes: int
+
+
+POINTS_OFFERED: Final = Method("target.points", VmName, OfferedPoints)
+SETTLE: Final = Method("target.settle", PointName, SettleReport)
+LIST: Final = Method("target.list", VmName, ListReport)
+VERIFY: Final = Method("target.verify", PointFilter, VerifyReport)
+SYNTHESIZE: Final = Method("target.synthesize", PointName, SynthesizeReport)
+EXPORT: Final = Method("target.export", Nothing, Nothing)
+RESTORE: Final = Method("target.restore", PointName, Nothing)

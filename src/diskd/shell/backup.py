@@ -1,0 +1,211 @@
+"""One backup, from the cut to the reference point (``backup.run`` on diskd's control).
+
+    contact the target            before anything is frozen: an unreachable target costs nothing
+    begin the checkpoint          Library.begin_checkpoint: all disks at one instant (B1)
+    settle pending points         by id; the target's answer is final (B3)
+    choose the base, send         core/copy_plan.py, shell/export.py
+    end the checkpoint            keep: committed and acknowledged
+                                  pending: the trailer may have left, but no answer came
+                                  discard: anything else; the source is as if it had not been tried
+
+Ending the checkpoint is shielded: whoever asked for the backup may have gone in the meantime.
+"""
+
+from collections.abc import Awaitable, Callable
+from typing import Any, Final, Literal, Protocol
+
+import attrs
+import structlog
+import trio
+
+from daemonkit.diskd_api import BACKUP_RUN, BackupDisk, BackupDiskReport, BackupReport, BackupRequest
+from daemonkit.ports import Address
+from daemonkit.rpc import Call, CallFailed, Client, Registry, connect
+from diskd.core import target_calls as calls
+from diskd.core.copy_plan import TargetPoint, choose_base, data_bytes
+from diskd.core.inventory import CONFIG_BYTES_MAX, DISKS_MAX, NAME_PATTERN
+from diskd.core.ports import FrozenVm
+from diskd.core.stream import is_point
+from diskd.errors import Refused
+from diskd.shell.export import ExportSession, prepare_blocking, source_points
+
+CONTACT_SECONDS_MAX: Final = 10.0
+# Making a point durable takes two syncs of a disk; longer than this means that the disk is gone.
+END_SECONDS_MAX: Final = 120.0
+PROGRESS_SECONDS: Final = 0.5
+
+log = structlog.get_logger("backup")
+
+EndOutcome = Literal["keep", "discard", "pending"]
+Report = Callable[[Any], Awaitable[None]]
+
+
+class CheckpointSource(Protocol):
+    """The part of shell.library.Library that a backup needs."""
+
+    async def begin_checkpoint(self, vm: str, disks: list[BackupDisk], config: str) -> FrozenVm:
+        """All disks at one instant; Refused says why not."""
+        ...
+
+
+def register_backup(registry: Registry, source: CheckpointSource, *, key: bytes | None = None) -> None:
+    """Answer ``backup.run`` on diskd's control. ``key`` is the cluster key for the target's listener."""
+
+    async def run(request: BackupRequest, call: Call) -> BackupReport:
+        return await run_backup(source, request, report=call.progress, key=key)
+
+    registry.add(BACKUP_RUN, run)
+
+
+def check_request(request: BackupRequest) -> None:
+    """Raises Refused with the remedy."""
+    if request.mode == "resume":
+        raise Refused(
+            "resuming a backup is not built yet; run it again without --resume:"
+            " the changes are still tracked, so a new differential sends the same blocks"
+        )
+    if request.mode == "since" and not (request.since and is_point(request.since)):
+        raise Refused(f"{request.since!r} is not a reference point: rp- and 16 hex digits")
+    if not NAME_PATTERN.fullmatch(request.vm):
+        raise Refused(f"{request.vm[:80]!r} is not a VM's name: lower case letters, digits, '.', '_', '-'")
+    if not 0 < len(request.disks) <= DISKS_MAX:
+        raise Refused(f"a backup takes 1 to {DISKS_MAX} disks, not {len(request.disks)}")
+    for disk in request.disks:
+        if not NAME_PATTERN.fullmatch(disk.name):
+            raise Refused(
+                f"{disk.name[:80]!r} is not a disk's name: lower case letters, digits, '.', '_', '-'"
+            )
+    if len({disk.name for disk in request.disks}) != len(request.disks):
+        raise Refused("two disks of the VM have one name")
+    if len({disk.image for disk in request.disks}) != len(request.disks):
+        raise Refused("one image is named twice")
+    if len(request.config.encode()) > CONFIG_BYTES_MAX:
+        raise Refused(f"the VM's configuration is larger than {CONFIG_BYTES_MAX} bytes")
+
+
+async def run_backup(
+    source: CheckpointSource, request: BackupRequest, *, report: Report, key: bytes | None
+) -> BackupReport:
+    """Raises Refused or another OperatorError; the source then still tracks every change (B3)."""
+    check_request(request)
+    target = Address.parse(request.target)
+    began = trio.current_time()
+    await _offered(target, request.vm, key)
+    await report({"step": "checkpoint", "vm": request.vm})
+    frozen = await source.begin_checkpoint(request.vm, request.disks, request.config)
+    log.info("backup.began", vm=request.vm, point=frozen.point, target=str(target))
+    backup = _Backup(frozen, request, target, key, report)
+    outcome: EndOutcome = "discard"
+    try:
+        await backup.send()
+        outcome = "keep"
+    except BaseException:
+        if backup.session is not None and backup.session.may_have_committed:
+            outcome = "pending"
+        raise
+    finally:
+        with trio.move_on_after(END_SECONDS_MAX, shield=True) as scope:
+            await frozen.end(outcome)
+        log.info("backup.ended", vm=request.vm, point=frozen.point, outcome=outcome)
+    if scope.cancelled_caught:
+        raise Refused(f"the target has committed {frozen.point}, but the disk here does not answer")
+    return backup.result(trio.current_time() - began)
+
+
+async def _offered(target: Address, vm: str, key: bytes | None) -> calls.OfferedPoints:
+    try:
+        with trio.fail_after(CONTACT_SECONDS_MAX):
+            async with connect(target, key=key) as client:
+                return await client.call(calls.POINTS_OFFERED, calls.VmName(vm))
+    except trio.TooSlowError:
+        raise CallFailed(f"the target {target} does not answer") from None
+
+
+@attrs.define(eq=False)
+class _Backup:
+    """What happens between the cut and the end of the checkpoint."""
+
+    frozen: FrozenVm
+    request: BackupRequest
+    target: Address
+    key: bytes | None
+    report: Report
+    session: ExportSession | None = None
+    base: str | None = None
+
+    async def send(self) -> None:
+        """Returns when the target has committed."""
+        async with connect(self.target, key=self.key) as client:
+            with trio.fail_after(CONTACT_SECONDS_MAX):
+                await self._settle(client)
+                offered = await client.call(calls.POINTS_OFFERED, calls.VmName(self.request.vm))
+            self.base = self._choose(offered)
+            prepared = await trio.to_thread.run_sync(prepare_blocking, self.frozen, self.base)
+            self.session = ExportSession(prepared)
+            with trio.fail_after(CONTACT_SECONDS_MAX):
+                stream = await client.open_stream(calls.EXPORT, calls.Nothing())
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._tell, self.session)
+                await self.session.run(stream)
+                nursery.cancel_scope.cancel(reason="committed")
+
+    async def _settle(self, client: Client) -> None:
+        for point in self.frozen.pending:
+            answer = await client.call(calls.SETTLE, calls.PointName(self.request.vm, point))
+            await self.frozen.settle(point, committed=answer.committed)
+            log.info("backup.settled", vm=self.request.vm, point=point, committed=answer.committed)
+
+    def _choose(self, offered: calls.OfferedPoints) -> str | None:
+        mode = self.request.mode
+        assert mode != "resume"
+        points = [TargetPoint(point.point, point.disks) for point in offered.points]
+        if mode == "auto" and not points and offered.known:
+            raise Refused(
+                f"none of the target's {offered.known} points of {self.request.vm} is good (target verify"
+                " tells more); take a full backup: use --full"
+            )
+        return choose_base(
+            mode, self.request.since, at_target=points, at_source=source_points(self.frozen.disks)
+        )
+
+    async def _tell(self, session: ExportSession) -> None:
+        total = session.prepared.data_bytes
+        while True:
+            await self.report(
+                {
+                    "step": "send",
+                    "vm": self.request.vm,
+                    "point": self.frozen.point,
+                    "base": self.base,
+                    "done_bytes": session.sent_bytes,
+                    "total_bytes": total,
+                }
+            )
+            await trio.sleep(PROGRESS_SECONDS)
+
+    def result(self, seconds: float) -> BackupReport:
+        """After the commit."""
+        assert self.session is not None
+        summary = self.session.summary()
+        prepared = self.session.prepared
+        disks = [
+            BackupDiskReport(
+                image=disk.image,
+                changed_bytes=disk.changed_bytes,
+                sent_bytes=data_bytes(plan),
+                exact=disk.exact,
+                digest=digest.hex(),
+            )
+            for disk, plan, digest in zip(
+                prepared.header.disks, prepared.plans, summary.disk_digests, strict=True
+            )
+        ]
+        return BackupReport(
+            vm=self.request.vm,
+            point=self.frozen.point,
+            base=self.base,
+            kind=prepared.header.kind,
+            consistency=prepared.header.consistency,
+            seconds=round(seconds, 3),
+            disks=disks,
+        )

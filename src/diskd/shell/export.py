@@ -1,0 +1,295 @@
+"""The sending side of an export: reads the frozen disks and keeps the stream full.
+
+Three parties, bounded by three reused buffers: a worker thread reads, digests and frames; the sender
+puts whole buffers on the wire, as far as the receiver's window allows; the listener takes the replies.
+Nothing here runs in the guest's path: a slow or dead receiver only makes the export wait or fail (B2).
+"""
+
+import contextlib
+from collections import deque
+from collections.abc import Iterator, Mapping
+from typing import Final
+
+import attrs
+import trio
+
+from daemonkit.errors import OperatorError
+from daemonkit.frames import FrameReader
+from daemonkit.units import KiB
+from diskd.core.copy_plan import Run, data_bytes, frames_of, plan_differential, plan_full, walk
+from diskd.core.ports import FrozenDisk, FrozenVm
+from diskd.core.qcow2 import FULL_CLUSTER_BYTES, choose_cluster_bytes
+from diskd.core.stream import (
+    DATA_BYTES_MAX,
+    FRAME,
+    REPLY_BYTES_MAX,
+    Ack,
+    Committed,
+    DiskHeader,
+    ExportHeader,
+    FrameKind,
+    Ready,
+    RefusedReply,
+    Reply,
+    StreamEncoder,
+    StreamError,
+    Trailer,
+    Working,
+    decode_reply,
+)
+from diskd.errors import Refused
+
+BUFFERS: Final = 3
+# One largest frame with its header, and room for many small ones behind it.
+BUFFER_BYTES: Final = DATA_BYTES_MAX + 256 * KiB
+# The receiver gives a sign of life every two seconds, whatever it is busy with.
+SILENCE_SECONDS_MAX: Final = 30.0
+LAST_WORDS_SECONDS: Final = 2.0
+
+
+class TargetLost(OperatorError):
+    """The connection ended without an answer."""
+
+
+@attrs.frozen(eq=False)
+class Prepared:
+    """What is about to be sent."""
+
+    header: ExportHeader
+    plans: list[list[Run]]
+    disks: list[FrozenDisk]
+
+    @property
+    def data_bytes(self) -> int:
+        """Payload bytes in total."""
+        return sum(data_bytes(plan) for plan in self.plans)
+
+
+def prepare_blocking(frozen: FrozenVm, base: str | None) -> Prepared:
+    """Plan the export of a frozen VM; for a worker thread. Raises NoSuchPoint, OSError."""
+    headers, plans, disks = [], [], []
+    for name, disk in frozen.disks.items():
+        described, plan = _plan_disk(name, disk, base)
+        headers.append(described)
+        plans.append(plan)
+        disks.append(disk)
+    header = ExportHeader(
+        vm=frozen.vm,
+        point=frozen.point,
+        base=base,
+        kind="full" if base is None else "differential",
+        consistency=frozen.consistency,
+        config=frozen.config,
+        disks=headers,
+    )
+    return Prepared(header, plans, disks)
+
+
+def _plan_disk(name: str, disk: FrozenDisk, base: str | None) -> tuple[DiskHeader, list[Run]]:
+    size = disk.size_bytes
+    if base is None:
+        plan = plan_full(walk([(0, size)], disk.allocation_blocking))
+        changed, exact, over, cluster = data_bytes(plan), True, 0, FULL_CLUSTER_BYTES
+    else:
+        report = disk.changes_since(base)
+        # A disk may have shrunk since the base: what is gone needs no copy.
+        extents = [(start, min(length, size - start)) for start, length in report.extents if start < size]
+        plan = plan_differential(walk(extents, disk.allocation_blocking))
+        changed, exact, over = sum(length for _, length in extents), report.exact, report.over_report_bytes
+        cluster = choose_cluster_bytes(plan, size)
+    return DiskHeader(name, disk.image, size, disk.block_bytes, cluster, changed, exact, over), plan
+
+
+@attrs.define
+class _Batch:
+    """A filled part of a buffer, and how many frames of the stream are complete with it."""
+
+    buffer: bytearray
+    used: int
+    frames: int
+
+
+class _Producer:
+    """Reads and frames, in a worker thread, one buffer per call."""
+
+    def __init__(self, prepared: Prepared, encoder: StreamEncoder) -> None:
+        self._prepared = prepared
+        self._encoder = encoder
+        self._frames = self._all_frames()
+        self._next = next(self._frames, None)
+
+    def _all_frames(self) -> Iterator[tuple[int, Run]]:
+        for number, plan in enumerate(self._prepared.plans):
+            for run in frames_of(plan):
+                yield number, run
+
+    def fill(self, buffer: bytearray) -> _Batch | None:
+        """As many frames as fit; None behind the last one. Raises OSError from the disk."""
+        if self._next is None:
+            return None
+        view = memoryview(buffer)
+        used = 0
+        while self._next is not None:
+            number, run = self._next
+            length = run.length if run.kind is FrameKind.DATA else 0
+            if used + FRAME.size + length > len(buffer):
+                break
+            data = view[used + FRAME.size : used + FRAME.size + length]
+            payload = None
+            if run.kind is FrameKind.DATA:
+                self._prepared.disks[number].read_into_blocking(run.offset, data)
+                payload = data
+            view[used : used + FRAME.size] = self._encoder.frame(
+                run.kind, number, run.offset, run.length, payload
+            )
+            used += FRAME.size + length
+            self._next = next(self._frames, None)
+        return _Batch(buffer, used, self._encoder.frames)
+
+
+class ReplyReader:
+    """The receiver's messages from a stream."""
+
+    def __init__(self, stream: trio.abc.Stream) -> None:
+        self._stream = stream
+        self._reader = FrameReader(frame_bytes_max=REPLY_BYTES_MAX)
+
+    async def next(self) -> Reply:
+        """Raises TargetLost at the end, Refused where the receiver refuses, StreamError for nonsense."""
+        while (payload := self._reader.next_frame()) is None:
+            try:
+                with trio.fail_after(SILENCE_SECONDS_MAX):
+                    data = await self._stream.receive_some(REPLY_BYTES_MAX)
+            except trio.TooSlowError:
+                raise TargetLost(f"the target said nothing for {SILENCE_SECONDS_MAX:g} s") from None
+            except (trio.BrokenResourceError, OSError) as error:
+                raise TargetLost(f"the connection to the target broke: {error}") from error
+            if not data:
+                raise TargetLost("the target closed the connection without an answer")
+            self._reader.feed(data)
+        reply = decode_reply(payload)
+        if isinstance(reply, RefusedReply):
+            raise Refused(f"the target refused: {' '.join(reply.reason.split())}")
+        return reply
+
+
+class ExportSession:
+    """One export over one stream. ``run`` once; the other members are for whoever watches or cleans up."""
+
+    def __init__(self, prepared: Prepared) -> None:
+        self.prepared = prepared
+        self.encoder = StreamEncoder(prepared.header)
+        # B3: once the trailer may have left, only the receiver knows whether the point exists.
+        self.may_have_committed = False
+        self._threads = trio.CapacityLimiter(1)
+        self._window = 0
+        self._unacked: deque[tuple[int, int]] = deque()
+        self._unacked_bytes = 0
+        self._acked_frames = 0
+        self._moved = trio.Condition()
+        self._committed: Committed | None = None
+
+    @property
+    def sent_bytes(self) -> int:
+        """Payload bytes framed so far."""
+        return self.encoder.data_bytes
+
+    def summary(self) -> Trailer:
+        """The digests, once everything has been framed."""
+        return self.encoder.summary()
+
+    async def run(self, stream: trio.abc.Stream) -> Committed:
+        """Send everything; return when the receiver has committed. Raises Refused, TargetLost, OSError."""
+        replies = ReplyReader(stream)
+        await self._send(stream, self.encoder.opening)
+        first = await replies.next()
+        if isinstance(first, Committed):
+            return self._check_committed(first, complete=False)
+        if not isinstance(first, Ready):
+            raise StreamError("the target answered in an unknown order")
+        self._window = max(first.window_bytes, BUFFER_BYTES)
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._listen, replies)
+                await self._send_frames(stream)
+                self.may_have_committed = True
+                await self._send(stream, self.encoder.finish())
+        except BaseExceptionGroup as group:
+            if group.subgroup(Refused) is not None:
+                # It said so itself: nothing of this stream exists there.
+                self.may_have_committed = False
+            raise
+        assert self._committed is not None
+        return self._check_committed(self._committed, complete=True)
+
+    async def _send_frames(self, stream: trio.abc.Stream) -> None:
+        producer = _Producer(self.prepared, self.encoder)
+        free_send, free = trio.open_memory_channel[bytearray](BUFFERS)
+        for _ in range(BUFFERS):
+            free_send.send_nowait(bytearray(BUFFER_BYTES))
+        full_send, full = trio.open_memory_channel[_Batch](BUFFERS)
+
+        async def produce() -> None:
+            async with full_send:
+                async for buffer in free:
+                    batch = await trio.to_thread.run_sync(producer.fill, buffer, limiter=self._threads)
+                    if batch is None:
+                        return
+                    await full_send.send(batch)
+
+        async with trio.open_nursery() as nursery, free_send, free:
+            nursery.start_soon(produce)
+            async with full:
+                async for batch in full:
+                    await self._wait_for_window(batch.used)
+                    self._unacked.append((batch.frames, batch.used))
+                    self._unacked_bytes += batch.used
+                    await self._send(stream, memoryview(batch.buffer)[: batch.used])
+                    with contextlib.suppress(trio.BrokenResourceError):
+                        free_send.send_nowait(batch.buffer)
+
+    async def _wait_for_window(self, size: int) -> None:
+        async with self._moved:
+            while self._unacked_bytes and self._unacked_bytes + size > self._window:
+                await self._moved.wait()
+
+    async def _listen(self, replies: ReplyReader) -> None:
+        while True:
+            reply = await replies.next()
+            if isinstance(reply, Ack):
+                await self._take_ack(reply)
+            elif isinstance(reply, Committed):
+                self._committed = reply
+                return
+            elif not isinstance(reply, Working):
+                raise StreamError("the target answered in an unknown order")
+
+    async def _take_ack(self, ack: Ack) -> None:
+        if not self._acked_frames <= ack.taken <= self.encoder.frames or not 0 <= ack.durable <= ack.taken:
+            raise StreamError("the target acknowledged frames that were not sent")
+        self._acked_frames = ack.taken
+        while self._unacked and self._unacked[0][0] <= ack.taken:
+            self._unacked_bytes -= self._unacked.popleft()[1]
+        async with self._moved:
+            self._moved.notify_all()
+
+    async def _send(self, stream: trio.abc.Stream, data: bytes | memoryview) -> None:
+        try:
+            await stream.send_all(data)
+            return
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            pass
+        # Its last words may already be here; the listener raises them.
+        await trio.sleep(LAST_WORDS_SECONDS)
+        raise TargetLost("the connection to the target broke")
+
+    def _check_committed(self, reply: Committed, *, complete: bool) -> Committed:
+        expected = self.summary().digest.hex()
+        if reply.point != self.prepared.header.point or (complete and reply.digest != expected):
+            raise StreamError("the target committed something else than was sent")
+        return reply
+
+
+def source_points(disks: Mapping[str, FrozenDisk]) -> dict[str, list[str]]:
+    """The valid points of each disk, oldest first."""
+    return {name: disk.points for name, disk in disks.items()}

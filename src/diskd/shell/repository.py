@@ -1,0 +1,282 @@
+"""The repository of `diskd target`: VM files in directories, and a lock on the root.
+
+Committed points are directories whose name is a point's id. What has another name is either in the
+making, or was being removed when the process ended; both are cleaned up when the repository is opened.
+All functions block and may be called from worker threads; the short lock covers only what changes
+which files a point's name leads to.
+"""
+
+import datetime as dt
+import errno
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+import attrs
+import structlog
+
+from daemonkit.durable import lock_file, read_small_file
+from daemonkit.errors import OperatorError
+from daemonkit.units import MiB
+from diskd.core.catalog import (
+    INCOMING_PREFIX,
+    MANIFEST,
+    SYNTHETIC_PREFIX,
+    TEMPORARY_PREFIXES,
+    Manifest,
+    by_commit,
+    chain_of,
+    check_incoming,
+    decode_manifest,
+)
+from diskd.core.inventory import NAME_PATTERN
+from diskd.core.qcow2 import FULL_CLUSTER_BYTES
+from diskd.core.stream import (
+    ExportHeader,
+    Frame,
+    FrameHeader,
+    FrameKind,
+    StreamEncoder,
+    is_point,
+)
+from diskd.core.target_calls import ListedDisk, ListedPoint, SynthesizeReport, Verified
+from diskd.errors import Damaged, Refused
+from diskd.shell.chain_view import OpenPoint, frames_of_view, open_point
+from diskd.shell.incoming import Incoming
+from diskd.shell.repository_files import RepositoryFiles
+from diskd.shell.verify import Poll, verify_point
+
+LOCK: Final = ".lock"
+MANIFEST_BYTES_MAX: Final = 1 * MiB
+
+log = structlog.get_logger("repository")
+
+
+@attrs.frozen
+class VmPoints:
+    """The points of one VM as their manifests say; ``damaged`` are directories without a good manifest."""
+
+    points: dict[str, Manifest]
+    damaged: dict[str, str]
+
+
+class Repository:
+    """Made by ``open_repository``."""
+
+    def __init__(self, root: Path, files: RepositoryFiles) -> None:
+        self.root = root
+        self._files = files
+        self._names = threading.Lock()
+
+    def clean_up(self) -> list[str]:
+        """Remove what no commit ever named. The paths, for the log."""
+        removed = []
+        for vm in self.vms():
+            for path in sorted((self.root / vm).iterdir()):
+                if path.name.startswith(TEMPORARY_PREFIXES):
+                    self._files.remove_tree(path)
+                    removed.append(f"{vm}/{path.name}")
+        return removed
+
+    def vms(self) -> list[str]:
+        """The directories that are named as a VM may be."""
+        return sorted(
+            path.name for path in self.root.iterdir() if path.is_dir() and NAME_PATTERN.fullmatch(path.name)
+        )
+
+    def load(self, vm: str) -> VmPoints:
+        """The manifests of a VM; an unknown VM has none."""
+        points: dict[str, Manifest] = {}
+        damaged: dict[str, str] = {}
+        directory = self._directory(vm)
+        with self._names:
+            names = sorted(path.name for path in directory.iterdir()) if directory.is_dir() else []
+            for name in names:
+                if not is_point(name):
+                    continue
+                try:
+                    data = read_small_file(directory / name / MANIFEST, size_bytes_max=MANIFEST_BYTES_MAX)
+                    points[name] = decode_manifest(data, vm=vm, point=name)
+                except OSError as error:
+                    damaged[name] = f"{vm}/{name}/{MANIFEST}: {error.strerror}"
+                except OperatorError as error:
+                    damaged[name] = str(error)
+        return VmPoints(points, damaged)
+
+    def listing(self, vm: str | None) -> list[ListedPoint]:
+        """Every point with what is known of it, oldest first within a VM."""
+        listed: list[ListedPoint] = []
+        for name in self.vms() if vm is None else [vm]:
+            loaded = self.load(name)
+            listed += [self._listed(manifest, loaded) for manifest in by_commit(loaded.points.values())]
+            listed += [
+                ListedPoint(name, point, None, None, False, None, None, None, [], reason)
+                for point, reason in sorted(loaded.damaged.items())
+            ]
+        return listed
+
+    def _listed(self, manifest: Manifest, loaded: VmPoints) -> ListedPoint:
+        damaged = None
+        try:
+            chain_of(loaded.points, manifest.point)
+        except OperatorError as error:
+            damaged = str(error)
+        return ListedPoint(
+            vm=manifest.vm,
+            point=manifest.point,
+            base=manifest.base,
+            kind=manifest.kind,
+            synthetic=manifest.synthetic,
+            consistency=manifest.consistency,
+            exact=manifest.exact,
+            committed_at=manifest.committed_at,
+            disks=[ListedDisk(disk.name, disk.virtual_size, disk.file.size) for disk in manifest.disks],
+            damaged=damaged,
+        )
+
+    @contextmanager
+    def open(self, vm: str, point: str) -> Iterator[OpenPoint]:
+        """A point with its chain. Raises Refused for one that is not there, Damaged."""
+        loaded = self.load(vm)
+        if point in loaded.damaged:
+            raise Damaged(loaded.damaged[point])
+        chain = chain_of(loaded.points, point)
+        opened = open_point(self._directory(vm), chain)
+        with self._names:
+            result = opened.__enter__()
+        try:
+            yield result
+        finally:
+            opened.__exit__(None, None, None)
+
+    def receive(self, header: ExportHeader, opening: bytes) -> Incoming | Manifest:
+        """Begin a new point, or the manifest of that point where it is committed already (idempotent).
+
+        Raises Refused, Damaged, OSError.
+        """
+        directory = self._directory(header.vm)
+        loaded = self.load(header.vm)
+        if header.point in loaded.points:
+            return loaded.points[header.point]
+        if header.point in loaded.damaged:
+            raise Damaged(f"{loaded.damaged[header.point]}; remove it by hand, or take another backup")
+        chain = check_incoming(header, loaded.points)
+        if not directory.is_dir():
+            self._files.make_directory(directory)
+        temporary = directory / f"{INCOMING_PREFIX}{header.point}"
+        if temporary.exists():
+            self._files.remove_tree(temporary)
+        return Incoming(self._files, directory, temporary, header, opening, chain)
+
+    def verify(self, vm: str, point: str, poll: Poll) -> Verified:
+        """Everything of one point re-read and compared."""
+        loaded = self.load(vm)
+        if point in loaded.damaged:
+            return Verified(vm, point, 0, [loaded.damaged[point]])
+        try:
+            chain = chain_of(loaded.points, point)
+        except Damaged as error:
+            return Verified(vm, point, 0, [str(error)])
+        total, problems = verify_point(self._directory(vm), chain, poll=poll)
+        return Verified(vm, point, total, problems)
+
+    def points_of(self, vm: str | None, point: str | None) -> list[tuple[str, str]]:
+        """(VM, point) of all that match, damaged ones included. Raises Refused where nothing does."""
+        found = []
+        for name in self.vms() if vm is None else [vm]:
+            loaded = self.load(name)
+            ordered = [manifest.point for manifest in by_commit(loaded.points.values())]
+            found += [(name, p) for p in [*ordered, *sorted(loaded.damaged)] if point in (None, p)]
+        if not found and vm is not None:
+            raise Refused(
+                f"the target has no point {point} of {vm}" if point else f"the target has no VM {vm}"
+            )
+        return found
+
+    def synthesize(self, vm: str, point: str, poll: Poll) -> SynthesizeReport:
+        """Make a point a full of its own. The new files are verified before they take the old ones' place.
+
+        Raises Refused, Damaged, OSError; then everything is as before.
+        """
+        loaded = self.load(vm)
+        if point not in loaded.points:
+            raise Refused(f"the target has no good point {point} of {vm}")
+        manifest = loaded.points[point]
+        if manifest.base is None:
+            return SynthesizeReport(vm, point, None, sum(disk.file.size for disk in manifest.disks))
+        directory = self._directory(vm)
+        temporary = directory / f"{SYNTHETIC_PREFIX}{point}"
+        if temporary.exists():
+            self._files.remove_tree(temporary)
+        with self.open(vm, point) as opened:
+            header, frames = full_of(opened)
+            encoder = StreamEncoder(header)
+            incoming = Incoming(self._files, directory, temporary, header, encoder.opening, [])
+            try:
+                for number, (disk, offset, data) in enumerate(frames):
+                    poll()
+                    packed = encoder.frame(FrameKind.DATA, disk, offset, len(data), data)
+                    frame = FrameHeader(FrameKind.DATA, disk, number, offset, len(data), packed[-32:])
+                    incoming.frame(Frame(frame, data))
+                new = incoming.commit(
+                    encoder.summary(),
+                    source_digest=manifest.source_digest,
+                    committed_at=manifest.committed_at,
+                    poll=poll,
+                )
+                with self._names:
+                    self._files.exchange(temporary, directory / point)
+                    self._files.sync_directory(directory)
+            finally:
+                # Before the exchange this removes the unfinished full, after it the old files.
+                incoming.discard()
+        return SynthesizeReport(vm, point, manifest.base, sum(disk.file.size for disk in new.disks))
+
+    def _directory(self, vm: str) -> Path:
+        if not NAME_PATTERN.fullmatch(vm):
+            raise Refused(f"{vm[:80]!r} is not a VM's name")
+        return self.root / vm
+
+
+def full_of(opened: OpenPoint) -> tuple[ExportHeader, Iterator[tuple[int, int, bytes]]]:
+    """An open point as a full export: its header, and (disk, offset, data) in order, verified as read."""
+    manifest = opened.manifest
+    disks = [attrs.evolve(disk, cluster_bytes=FULL_CLUSTER_BYTES) for disk in opened.index.header.disks]
+    header = attrs.evolve(
+        opened.index.header, base=None, kind="full", config=opened.config, disks=disks, point=manifest.point
+    )
+
+    def frames() -> Iterator[tuple[int, int, bytes]]:
+        for number, disk in enumerate(header.disks):
+            for offset, data in frames_of_view(opened.views[disk.name], disk.size_bytes):
+                yield number, offset, data
+
+    return header, frames()
+
+
+def utc_now() -> str:
+    """The time of a commit, for the manifest."""
+    return dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
+
+
+@contextmanager
+def open_repository(root: Path, files: RepositoryFiles | None = None) -> Iterator[Repository]:
+    """The repository under ``root``, locked and cleaned up. Raises OperatorError, LockHeldError."""
+    if not root.is_dir():
+        raise OperatorError(f"{root}: no such directory; create it, or give another --root")
+    try:
+        lock = lock_file(root / LOCK)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            raise OperatorError(f"{root}: cannot be written: {error.strerror}") from error
+        raise
+    try:
+        repository = Repository(root, files or RepositoryFiles())
+        for path in repository.clean_up():
+            log.info("repository.leftover_removed", path=path)
+        yield repository
+    finally:
+        os.close(lock)

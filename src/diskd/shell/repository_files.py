@@ -1,0 +1,95 @@
+"""Everything that the repository does to its file system, in one place.
+
+The order of these calls is what B5 rests on: tests pass a variant that stops after every single one.
+"""
+
+import ctypes
+import errno
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+from blake3 import blake3
+
+from daemonkit.durable import sync_directory, write_all
+from diskd.errors import Refused
+
+_AT_FDCWD: Final = -100
+_RENAME_EXCHANGE: Final = 2
+_READ_BYTES: Final = 1 << 20
+
+
+class RepositoryFiles:
+    """Durable file operations; every method is one step that a crash may precede or follow."""
+
+    def make_directory(self, path: Path) -> None:
+        """Durable in its parent."""
+        path.mkdir()
+        sync_directory(path.parent)
+
+    def create(self, path: Path) -> int:
+        """A descriptor of a new, empty file."""
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+
+    def write(self, descriptor: int, offset: int, data: bytes | memoryview) -> None:
+        """All of it. Raises OSError (ENOSPC among others)."""
+        write_all(descriptor, data, offset)
+
+    def set_size(self, descriptor: int, size: int) -> None:
+        """Sparse."""
+        os.ftruncate(descriptor, size)
+
+    def sync(self, descriptor: int) -> None:
+        """Final if it fails."""
+        os.fsync(descriptor)
+
+    def write_file(self, path: Path, data: bytes) -> None:
+        """A new small file, durable; its name is durable once the directory is synced."""
+        descriptor = self.create(path)
+        try:
+            self.write(descriptor, 0, data)
+            self.sync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def sync_directory(self, path: Path) -> None:
+        """Make its names durable."""
+        sync_directory(path)
+
+    def publish(self, temporary: Path, final: Path) -> None:
+        """The commit: the directory gets its name, atomically. Raises OSError if the name is taken."""
+        if final.exists():
+            raise FileExistsError(errno.EEXIST, "the point exists already", str(final))
+        os.rename(temporary, final)
+
+    def exchange(self, one: Path, other: Path) -> None:
+        """Swap two directories, atomically. Raises Refused where the file system cannot."""
+        libc = ctypes.CDLL(None, use_errno=True)
+        result = libc.renameat2(
+            _AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), ctypes.c_uint(_RENAME_EXCHANGE)
+        )
+        if result != 0:
+            code = ctypes.get_errno()
+            if code in (errno.EINVAL, errno.ENOSYS):
+                raise Refused(
+                    f"the file system of {one.parent} cannot exchange two directories; use ext4, xfs or btrfs"
+                )
+            raise OSError(code, os.strerror(code), str(other))
+
+    def remove_tree(self, path: Path) -> None:
+        """Remove a directory that nothing names any more."""
+        shutil.rmtree(path)
+        sync_directory(path.parent)
+
+
+def digest_file(path: Path, poll: Callable[[], None]) -> tuple[int, str]:
+    """(size, BLAKE3 in hex) of a file's bytes; ``poll`` is called about once a megabyte and may raise."""
+    digest, size = blake3(), 0
+    with path.open("rb", buffering=0) as file:
+        while data := file.read(_READ_BYTES):
+            digest.update(data)
+            size += len(data)
+            poll()
+    return size, digest.hexdigest()

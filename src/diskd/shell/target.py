@@ -1,0 +1,403 @@
+"""`diskd target`: receives exports, and answers for the points that it holds.
+
+One listener carries control calls and streams alike (daemonkit.rpc's stream methods; ADR 0010). An
+export is one connection:
+
+    source: prefix, header        target: Ready(window), or Committed if it has that point already
+    source: frames ...            target: Ack ... while verified and written
+    source: trailer               target: Working ... then Committed; or RefusedReply at any moment
+
+Everything that blocks runs in threads of its own limiter. A backup's failure (a full disk, a digest
+that does not match, a source that vanished) removes that backup's directory and nothing else.
+
+A source allows one backup of a VM at a time, so a new export of a VM means that the one still being
+received is dead: it is cancelled, and gone before the new one begins. The same for a point that a source
+settles (B3): after the answer it is committed, or never will be.
+"""
+
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import attrs
+import structlog
+import trio
+
+from daemonkit.errors import HoldfastError, OperatorError
+from daemonkit.frames import frame as frame_reply
+from daemonkit.ports import Address
+from daemonkit.rpc import Call, Registry, serve
+from diskd.core import target_calls as calls
+from diskd.core.catalog import Manifest, offered
+from diskd.core.stream import (
+    Ack,
+    Committed,
+    ExportHeader,
+    Frame,
+    FrameKind,
+    Ready,
+    RefusedReply,
+    Reply,
+    StreamDecoder,
+    StreamEncoder,
+    StreamError,
+    Trailer,
+    Working,
+    abort,
+    encode_reply,
+)
+from diskd.errors import Refused
+from diskd.shell.incoming import Incoming
+from diskd.shell.repository import Repository, full_of, open_repository, utc_now
+
+T = TypeVar("T")
+
+# What a source may have on its way: enough for a link of 10 Gbit/s and 10 ms, small against memory.
+WINDOW_BYTES: Final = 16 << 20
+RECEIVING_MAX: Final = 8
+READING_MAX: Final = 8
+# A source that says nothing for so long is dead: it has no reason to be silent while its window is open.
+IDLE_SECONDS_MAX: Final = 120.0
+HEADER_SECONDS_MAX: Final = 30.0
+WORKING_SECONDS: Final = 2.0
+SEND_SECONDS_MAX: Final = 30.0
+CLEAN_UP_SECONDS_MAX: Final = 60.0
+_RECEIVE_BYTES: Final = 1 << 20
+_BATCH_FRAMES: Final = 16
+
+# What may end one export without being our defect.
+_EXPECTED: Final = (
+    HoldfastError,
+    OSError,
+    trio.TooSlowError,
+    trio.BrokenResourceError,
+    trio.ClosedResourceError,
+)
+
+log = structlog.get_logger("target")
+
+
+def poll_cancelled() -> None:
+    """For worker threads: raises trio.Cancelled once the caller has been cancelled."""
+    trio.from_thread.check_cancelled()
+
+
+@attrs.define(eq=False)
+class _Receiving:
+    point: str
+    scope: trio.CancelScope
+    ended: trio.Event
+
+
+def leaf_of(error: BaseException) -> BaseException:
+    """The most telling leaf of a group."""
+    if not isinstance(error, BaseExceptionGroup):
+        return error
+    leaves = [leaf_of(inner) for inner in error.exceptions]
+    for kind in (OperatorError, OSError, HoldfastError):
+        for leaf in leaves:
+            if isinstance(leaf, kind):
+                return leaf
+    return leaves[0]
+
+
+def reason_of(error: BaseException) -> str:
+    """One line for the other side."""
+    if isinstance(error, OSError):
+        where = f"{Path(str(error.filename)).name}: " if error.filename else ""
+        return f"{where}{error.strerror or error}"
+    return str(error) or type(error).__name__
+
+
+class Target:
+    """The calls and streams over one repository."""
+
+    def __init__(self, repository: Repository) -> None:
+        self._repository = repository
+        self._threads = trio.CapacityLimiter(RECEIVING_MAX + READING_MAX)
+        self._receiving: dict[str, _Receiving] = {}
+        self._slots = trio.Semaphore(RECEIVING_MAX)
+        self._reading = trio.Semaphore(READING_MAX)
+
+    def register(self, registry: Registry) -> None:
+        """Everything that `diskd target` answers."""
+        registry.add(calls.POINTS_OFFERED, self._points)
+        registry.add(calls.SETTLE, self._settle)
+        registry.add(calls.LIST, self._list)
+        registry.add(calls.VERIFY, self._verify)
+        registry.add(calls.SYNTHESIZE, self._synthesize)
+        registry.add_stream(calls.EXPORT, self._receive)
+        registry.add_stream(calls.RESTORE, self._restore)
+
+    async def _thread(self, function: Callable[..., T], *args: Any) -> T:
+        return await trio.to_thread.run_sync(function, *args, limiter=self._threads)
+
+    # --- calls -------------------------------------------------------------------------------------
+
+    async def _points(self, request: calls.VmName, _call: Call) -> calls.OfferedPoints:
+        if request.vm is None:
+            raise Refused("name the VM")
+        loaded = await self._thread(self._repository.load, request.vm)
+        points = [calls.OfferedPoint(p.point, dict(p.disks)) for p in offered(loaded.points)]
+        return calls.OfferedPoints(len(loaded.points) + len(loaded.damaged), points)
+
+    async def _settle(self, request: calls.PointName, _call: Call) -> calls.SettleReport:
+        receiving = self._receiving.get(request.vm)
+        if receiving is not None and receiving.point == request.point:
+            await self._end(receiving, "its source settles the point")
+        loaded = await self._thread(self._repository.load, request.vm)
+        return calls.SettleReport(request.point in loaded.points)
+
+    async def _list(self, request: calls.VmName, _call: Call) -> calls.ListReport:
+        return calls.ListReport(await self._thread(self._repository.listing, request.vm))
+
+    async def _verify(self, request: calls.PointFilter, call: Call) -> calls.VerifyReport:
+        wanted = await self._thread(self._repository.points_of, request.vm, request.point)
+        verified = []
+        async with self._reading:
+            for done, (vm, point) in enumerate(wanted):
+                await call.progress({"vm": vm, "point": point, "done": done, "total": len(wanted)})
+                verified.append(await self._thread(self._repository.verify, vm, point, poll_cancelled))
+        return calls.VerifyReport(verified)
+
+    async def _synthesize(self, request: calls.PointName, call: Call) -> calls.SynthesizeReport:
+        await call.progress({"vm": request.vm, "point": request.point})
+        async with self._turn(request.vm, request.point, "a full of it is being synthesized"):
+            report = await self._thread(
+                self._repository.synthesize, request.vm, request.point, poll_cancelled
+            )
+        log.info("point.synthesized", vm=report.vm, point=report.point, was=report.was)
+        return report
+
+    # --- who writes what ---------------------------------------------------------------------------
+
+    async def _end(self, receiving: _Receiving, reason: str) -> None:
+        receiving.scope.cancel(reason=reason)
+        await receiving.ended.wait()
+
+    @asynccontextmanager
+    async def _turn(self, vm: str, point: str, busy: str) -> AsyncIterator[None]:
+        """Be the only one who writes a point of this VM; whoever was before is ended first."""
+        while (earlier := self._receiving.get(vm)) is not None:
+            log.info("export.superseded", vm=vm, point=earlier.point, by=point)
+            await self._end(earlier, f"{busy} ({point})")
+        try:
+            self._slots.acquire_nowait()
+        except trio.WouldBlock:
+            raise Refused(
+                f"the target is busy with {RECEIVING_MAX} other backups; try again when one has ended"
+            ) from None
+        mine = _Receiving(point, trio.CancelScope(), trio.Event())
+        self._receiving[vm] = mine
+        try:
+            with mine.scope:
+                yield
+            if mine.scope.cancelled_caught:
+                raise Refused(f"{vm}/{point}: ended by the target: {busy}, or the point was settled")
+        finally:
+            if self._receiving.get(vm) is mine:
+                del self._receiving[vm]
+            mine.ended.set()
+            self._slots.release()
+
+    # --- exports -----------------------------------------------------------------------------------
+
+    async def _receive(self, _params: calls.Nothing, peer: str, stream: trio.abc.Stream) -> None:
+        try:
+            await self._receive_export(peer, stream)
+        except (*_EXPECTED, BaseExceptionGroup) as error:
+            leaf = leaf_of(error)
+            if not isinstance(leaf, _EXPECTED):
+                raise
+            reason = "the source fell silent" if isinstance(leaf, trio.TooSlowError) else reason_of(leaf)
+            log.warning("export.refused", peer=peer, reason=reason)
+            await self._say_last(stream, RefusedReply(reason))
+
+    async def _say_last(self, stream: trio.abc.Stream, reply: Reply) -> None:
+        """Say it, then read on until the source has closed: an early close would destroy the message."""
+        with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError, OSError):
+            with trio.move_on_after(5):
+                await _send(stream, reply)
+                while await stream.receive_some(_RECEIVE_BYTES):
+                    pass
+
+    async def _receive_export(self, peer: str, stream: trio.abc.Stream) -> None:
+        source = _Source(stream)
+        with trio.fail_after(HEADER_SECONDS_MAX):
+            header = await source.next_event()
+        if not isinstance(header, ExportHeader):
+            raise StreamError("the stream ends before its header")
+        async with self._turn(header.vm, header.point, "a newer backup of this VM began"):
+            incoming = await self._thread(self._repository.receive, header, source.decoder.opening)
+            if isinstance(incoming, Manifest):
+                log.info("export.known", peer=peer, vm=header.vm, point=header.point)
+                reply = Committed(incoming.point, incoming.source_digest)
+            else:
+                try:
+                    manifest = await self._take(source, incoming)
+                finally:
+                    with trio.move_on_after(CLEAN_UP_SECONDS_MAX, shield=True):
+                        await self._thread(incoming.discard)
+                reply = Committed(manifest.point, manifest.source_digest)
+        await self._say_last(stream, reply)
+
+    async def _take(self, source: "_Source", incoming: Incoming) -> Manifest:
+        header = incoming.header
+        log.info("export.began", vm=header.vm, point=header.point, base=header.base)
+        await _send(source.stream, Ready(WINDOW_BYTES))
+        trailer = await self._take_frames(source, incoming)
+        async with _signs_of_life(source.stream):
+            manifest = await self._thread(
+                lambda: incoming.commit(
+                    trailer,
+                    source_digest=trailer.digest.hex(),
+                    committed_at=utc_now(),
+                    poll=poll_cancelled,
+                )
+            )
+            await self._thread(incoming.publish)
+        log.info("backup.committed", vm=header.vm, point=header.point, base=header.base, kind=header.kind)
+        return manifest
+
+    async def _take_frames(self, source: "_Source", incoming: Incoming) -> Trailer:
+        """Receive and write side by side; the window and the channel bound what is in memory."""
+        trailers: list[Trailer] = []
+        send, receive = trio.open_memory_channel[Frame](_BATCH_FRAMES)
+
+        async def read() -> None:
+            async with send:
+                while True:
+                    with trio.fail_after(IDLE_SECONDS_MAX):
+                        event = await source.next_event()
+                    if isinstance(event, Trailer):
+                        trailers.append(event)
+                        return
+                    if not isinstance(event, Frame):
+                        raise StreamError("the stream ends before its trailer: it is not complete")
+                    await send.send(event)
+
+        def write(batch: list[Frame]) -> None:
+            for item in batch:
+                incoming.frame(item)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(read)
+            async with receive:
+                async for first in receive:
+                    batch = [first]
+                    with contextlib.suppress(trio.WouldBlock, trio.EndOfChannel):
+                        while len(batch) < _BATCH_FRAMES:
+                            batch.append(receive.receive_nowait())
+                    await self._thread(write, batch)
+                    await _send(source.stream, Ack(incoming.taken, incoming.durable))
+        return trailers[0]
+
+    # --- restores ----------------------------------------------------------------------------------
+
+    async def _restore(self, params: calls.PointName, peer: str, stream: trio.abc.Stream) -> None:
+        try:
+            async with self._reading:
+                await self._send_point(params, stream)
+        except (HoldfastError, OSError) as error:
+            if isinstance(error, trio.BrokenResourceError):
+                raise
+            log.warning("restore.failed", peer=peer, vm=params.vm, point=params.point, reason=str(error))
+            with contextlib.suppress(trio.BrokenResourceError, OSError), trio.move_on_after(SEND_SECONDS_MAX):
+                await stream.send_all(abort(reason_of(error)))
+                await stream.aclose()
+
+    async def _send_point(self, params: calls.PointName, stream: trio.abc.Stream) -> None:
+        """The point as a full export; every byte is verified on its way from the file (B4)."""
+        opening = self._repository.open(params.vm, params.point)
+        opened = await self._thread(opening.__enter__)
+        try:
+            header, frames = full_of(opened)
+            encoder = StreamEncoder(header)
+            await _send_bytes(stream, encoder.opening)
+            while part := await self._thread(_next_part, encoder, frames):
+                await _send_bytes(stream, part)
+            await _send_bytes(stream, encoder.finish())
+        finally:
+            with trio.move_on_after(CLEAN_UP_SECONDS_MAX, shield=True):
+                await self._thread(opening.__exit__, None, None, None)
+
+
+def _next_part(encoder: StreamEncoder, frames: Iterator[tuple[int, int, bytes]]) -> bytes:
+    """Some frames with their data; empty at the end."""
+    parts: list[bytes] = []
+    size = 0
+    for disk, offset, data in frames:
+        parts += [encoder.frame(FrameKind.DATA, disk, offset, len(data), data), data]
+        size += len(data)
+        if size >= _RECEIVE_BYTES:
+            break
+    return b"".join(parts)
+
+
+async def _send_bytes(stream: trio.abc.Stream, data: bytes) -> None:
+    # A restore may wait for its reader's disk, so the limit is that of a peer which is gone.
+    with trio.fail_after(IDLE_SECONDS_MAX):
+        await stream.send_all(data)
+
+
+async def _send(stream: trio.abc.Stream, reply: Reply) -> None:
+    with trio.fail_after(SEND_SECONDS_MAX):
+        await stream.send_all(frame_reply(encode_reply(reply)))
+
+
+@asynccontextmanager
+async def _signs_of_life(stream: trio.abc.Stream) -> AsyncIterator[None]:
+    """Tell the source regularly that its point is being verified and synced. A source that has gone
+    does not stop the commit: it settles the point later (B3)."""
+
+    async def tell() -> None:
+        with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError):
+            while True:
+                await trio.sleep(WORKING_SECONDS)
+                await _send(stream, Working())
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(tell)
+        yield
+        nursery.cancel_scope.cancel(reason="committed")
+
+
+class _Source:
+    """The decoder and the stream that feeds it."""
+
+    def __init__(self, stream: trio.abc.Stream) -> None:
+        self.stream = stream
+        self.decoder = StreamDecoder()
+
+    async def next_event(self) -> ExportHeader | Frame | Trailer | None:
+        """None at the end of the stream."""
+        while (event := self.decoder.next_event()) is None:
+            data = await self.stream.receive_some(_RECEIVE_BYTES)
+            if not data:
+                return None
+            self.decoder.feed(data)
+        return event
+
+
+async def run_target(
+    root: Path,
+    listen: Address,
+    *,
+    keys: list[bytes],
+    ready: Callable[[Address], Awaitable[None]],
+) -> None:
+    """Serve until cancelled. Raises OperatorError for a root or an address that cannot be had."""
+    with open_repository(root) as repository:
+        registry = Registry()
+        Target(repository).register(registry)
+        async with trio.open_nursery() as nursery:
+            address = await nursery.start(_serve, registry, listen, keys)
+            await ready(address)
+
+
+async def _serve(
+    registry: Registry, listen: Address, keys: list[bytes], *, task_status: trio.TaskStatus[Address]
+) -> None:
+    await serve(registry, listen, keys=keys, task_status=task_status)

@@ -1,0 +1,83 @@
+"""A target in this process, a proxy that swallows an answer, and exceptions that come in groups."""
+
+import contextlib
+
+import trio
+
+from daemonkit.ports import Address
+from daemonkit.rpc import Registry
+from daemonkit.rpc import serve as serve_rpc
+from diskd.shell.repository import open_repository
+from diskd.shell.target import Target
+
+
+def leaves(error):
+    if isinstance(error, BaseExceptionGroup):
+        return [leaf for inner in error.exceptions for leaf in leaves(inner)]
+    return [error]
+
+
+class RaisesLeaf:
+    """pytest.raises for an exception that may come wrapped in groups."""
+
+    def __init__(self, kind, match=""):
+        self.kind, self.match = kind, match
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, _type, error, _traceback):
+        assert error is not None, "nothing was raised"
+        if isinstance(error, trio.Cancelled):
+            return False
+        found = leaves(error)
+        assert any(isinstance(leaf, self.kind) and self.match in str(leaf) for leaf in found), found
+        return True
+
+
+async def start_target(nursery, root, address=None):
+    """(address, a function that stops it)."""
+    scope = trio.CancelScope()
+    stopped = trio.Event()
+
+    async def run(*, task_status=trio.TASK_STATUS_IGNORED):
+        with scope, open_repository(root) as repository:
+            registry = Registry()
+            Target(repository).register(registry)
+            await serve_rpc(registry, address or Address("127.0.0.1", 0), task_status=task_status)
+        stopped.set()
+
+    bound = await nursery.start(run)
+
+    async def stop():
+        scope.cancel()
+        await stopped.wait()
+
+    return bound, stop
+
+
+async def start_deaf_proxy(nursery, target):
+    """Forwards; while ``swallow`` is not empty it cuts the connection when the target says Committed."""
+    swallow = []
+
+    async def forward(source, sink, look):
+        async for data in source:
+            if look and swallow and b"committed" in data:
+                return
+            await sink.send_all(data)
+
+    async def handle(client):
+        server = await trio.open_tcp_stream(target.host, target.port)
+        async with server, trio.open_nursery() as inner:
+
+            async def both(source, sink, look):
+                with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+                    await forward(source, sink, look)
+                inner.cancel_scope.cancel()
+
+            inner.start_soon(both, client, server, False)
+            inner.start_soon(both, server, client, True)
+
+    listeners = await nursery.start(trio.serve_tcp, handle, 0)
+    port = listeners[0].socket.getsockname()[1]
+    return Address("127.0.0.1", port), swallow
