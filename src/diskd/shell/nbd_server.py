@@ -42,23 +42,34 @@ class NbdServer:
         return len(self._connections)
 
     async def serve_tcp(
-        self, address: Address, *, task_status: trio.TaskStatus[Address] = trio.TASK_STATUS_IGNORED
+        self,
+        address: Address,
+        *,
+        outliving: trio.Nursery | None = None,
+        task_status: trio.TaskStatus[Address] = trio.TASK_STATUS_IGNORED,
     ) -> None:
-        """started() gives the bound address. Raises OperatorError where it cannot listen."""
+        """started() gives the bound address. Raises OperatorError where it cannot listen.
+
+        Connections run in ``outliving``, where given: they go on when this is cancelled, for ``drain``.
+        """
         try:
             listeners = await trio.open_tcp_listeners(address.port, host=address.host)
         except OSError as error:
             raise OperatorError(f"cannot listen on {address}: {error.strerror or error}") from error
         task_status.started(Address(address.host, listeners[0].socket.getsockname()[1]))
-        await trio.serve_listeners(self._accept, listeners)
+        await trio.serve_listeners(self._accept, listeners, handler_nursery=outliving)
 
     async def serve_unix(
-        self, path: str, *, task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED
+        self,
+        path: str,
+        *,
+        outliving: trio.Nursery | None = None,
+        task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED,
     ) -> None:
-        """started() gives the path. Raises OperatorError where it cannot listen."""
+        """started() gives the path; else as serve_tcp."""
         async with _unix_listener(path) as listener:
             task_status.started(path)
-            await trio.serve_listeners(self._accept, [listener])
+            await trio.serve_listeners(self._accept, [listener], handler_nursery=outliving)
 
     async def _accept(self, stream: trio.SocketStream) -> None:
         await self.serve_socket(stream.socket)

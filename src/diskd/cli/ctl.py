@@ -1,0 +1,56 @@
+"""`diskctl`: asks a running diskd, one call per command. One module per group of verbs."""
+
+import attrs
+import click
+
+from daemonkit.cli import ADDRESS, print_json, read_key, run_main
+from daemonkit.ports import Address
+from diskd.cli.calling import Diskd, json_option, pass_diskd
+from diskd.cli.checkpoints import checkpoint
+from diskd.cli.daemon import CONTROL_DEFAULT
+from diskd.cli.images import image
+from diskd.cli.leases import lease
+from diskd.cli.points import changes, point
+from diskd.core import calls
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--control", type=ADDRESS, envvar="HOLDFAST_DISKD", default=CONTROL_DEFAULT, show_default=True,
+              help="Where diskd listens for control calls; HOLDFAST_DISKD stands for it.")  # fmt: skip
+@click.option("--key", metavar="FILE", help="Cluster key; HOLDFAST_KEY_FILE stands for it.")
+@click.pass_context
+def group(context: click.Context, control: Address, key: str | None) -> None:
+    """Images, leases, reference points and checkpoints of a diskd.
+
+    \b
+    diskctl image create web 10GiB                an image
+    diskctl lease acquire web --epoch 1 --holder n1/web
+    diskctl checkpoint begin --vm web --image web freeze it for a backup
+    diskctl changes web --since rp-...            what changed since a reference point
+
+    Exit code 0: done; 1: refused or failed, with one line that says what to do; 2: usage.
+    """
+    context.obj = Diskd(control, read_key(key))
+
+
+@group.command()
+@json_option
+@pass_diskd
+def status(diskd: Diskd, as_json: bool) -> None:
+    """What this diskd serves, and where."""
+    found = diskd.call(calls.STATUS, calls.Nothing())
+    if as_json:
+        print_json(attrs.asdict(found))
+        return
+    click.echo(f"diskd {found.version}, pid {found.pid}, root {found.root}")
+    click.echo(f"nbd {found.nbd or '-'}, socket {found.nbd_socket or '-'}, {found.connections} clients")
+    for name in found.exports:
+        click.echo(f"  {name}")
+
+
+for command in (image, lease, point, changes, checkpoint):
+    group.add_command(command)
+
+
+def main() -> None:
+    run_main(group)

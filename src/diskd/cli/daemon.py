@@ -1,0 +1,92 @@
+"""`diskd`: the daemon's command line."""
+
+from pathlib import Path
+
+import click
+
+from daemonkit.cli import ADDRESS, print_json, read_key, run_async, run_main
+from daemonkit.errors import OperatorError
+from daemonkit.log import LEVELS, set_up
+from daemonkit.ports import Address
+
+# 10809 is NBD's registered port; the control port is its neighbour.
+NBD_DEFAULT = "127.0.0.1:10809"
+CONTROL_DEFAULT = "127.0.0.1:10810"
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def group() -> None:
+    """Serves virtual disks over NBD, tracks what changes in them, and backs that up.
+
+    \b
+    diskd run --root /srv/disks            serve the images under /srv/disks
+    diskctl image create web 10GiB         make one
+    qemu-io nbd://127.0.0.1:10809/web      use it
+
+    One JSON line on stdout says when it serves, and where; the log goes to stderr.
+    """
+
+
+@group.command()
+@click.option("--root", required=True, type=click.Path(path_type=Path), help="Directory of the images.")
+@click.option("--nbd", type=ADDRESS, help=f"NBD over TCP; port 0 takes a free one. [{NBD_DEFAULT}]")
+@click.option("--nbd-socket", metavar="PATH", help="NBD over a Unix socket; alone it replaces TCP.")
+@click.option("--control", type=ADDRESS, default=CONTROL_DEFAULT, show_default=True, help="Control calls.")
+@click.option("--config", type=click.Path(path_type=Path), metavar="FILE", help="Settings, as TOML.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="A setting; repeatable.")
+@click.option("--show-config", is_flag=True, help="Print the settings in force as JSON, and exit.")
+@click.option(
+    "--key",
+    "key_files",
+    multiple=True,
+    metavar="FILE",
+    help="Cluster key; twice while it is being changed. Without one, control is loopback only.",
+)
+@click.option("--log-level", type=click.Choice(sorted(LEVELS)), default="info", show_default=True)
+def run(
+    root: Path,
+    nbd: Address | None,
+    nbd_socket: str | None,
+    control: Address,
+    config: Path | None,
+    overrides: tuple[str, ...],
+    show_config: bool,
+    key_files: tuple[str, ...],
+    log_level: str,
+) -> None:
+    """Serve the images under a directory until SIGTERM, then close them cleanly.
+
+    \b
+    Export names:  IMAGE             read-write while the image is under no lease
+                   IMAGE@EPOCH       read-write under the lease with exactly that epoch
+                   IMAGE:CHECKPOINT  a frozen view, with a dirty bitmap per reference point
+    """
+    from diskd.config import load_settings, show_settings  # Kept out of --help's way.
+
+    settings = load_settings(config, overrides)
+    if show_config:
+        print_json(show_settings(settings))
+        return
+    if not root.is_dir():
+        raise OperatorError(f"{root}: no such directory; make it first (an unmounted disk looks the same)")
+    from diskd.shell.daemon import Listen, run_daemon
+
+    keys = [key for file in key_files or (None,) if (key := read_key(file)) is not None]
+    set_up(level=log_level)
+    if nbd is None and nbd_socket is None:
+        nbd = Address.parse(NBD_DEFAULT)
+    listen = Listen(control, nbd, nbd_socket)
+    run_async(lambda: run_daemon(root, settings, listen, keys))
+
+
+@group.command(context_settings={"ignore_unknown_options": True})
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def nbd(arguments: tuple[str, ...]) -> None:
+    """One NBD connection on stdin and stdout: not built yet."""
+    raise OperatorError(
+        "diskd nbd is not built yet: serve a socket instead, with diskd run --nbd-socket PATH"
+    )
+
+
+def main() -> None:
+    run_main(group)

@@ -1,0 +1,151 @@
+"""`diskctl image`: make, look at, hand over and remove images."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from daemonkit.cli import SIZE, print_json
+from daemonkit.diskd_api import ImageName
+from daemonkit.errors import OperatorError
+from daemonkit.units import format_size
+from diskd.cli.calling import SECONDS_UNBOUNDED, Diskd, json_option, pass_diskd, print_table
+from diskd.core import calls
+from diskd.core.inventory import ImageInfo
+
+
+@click.group()
+def image() -> None:
+    """Make, look at, hand over and remove images."""
+
+
+def document(info: ImageInfo) -> dict[str, Any]:
+    """An image in JSON: sizes in bytes, absent values null."""
+    return {
+        "name": info.name,
+        "uuid": info.uuid,
+        "size": info.size_bytes,
+        "block_size": info.block_bytes,
+        "region_size": info.region_bytes,
+        "allocated": info.allocated_bytes,
+        "state": info.state,
+        "reason": info.reason,
+        "epoch": info.epoch,
+        "holder": info.holder,
+        "connections": info.connections,
+        "checkpoint": info.checkpoint,
+        "merge_remaining": info.merge_remaining_bytes,
+        "points": info.points,
+    }
+
+
+def _show(info: ImageInfo, *, as_json: bool) -> None:
+    if as_json:
+        print_json(document(info))
+        return
+    for key, value in document(info).items():
+        if value is not None:
+            is_size = key in ("size", "block_size", "region_size", "allocated", "merge_remaining")
+            click.echo(f"{key.replace('_', ' '):16} {format_size(value) if is_size else value}")
+
+
+@image.command()
+@click.argument("name")
+@click.argument("size", type=SIZE)
+@json_option
+@pass_diskd
+def create(diskd: Diskd, name: str, size: int, as_json: bool) -> None:
+    """Make an empty image NAME of SIZE (10GiB, 512MiB ...). It takes no space until written."""
+    info = diskd.call(calls.IMAGE_CREATE, calls.CreateImage(name, size))
+    if as_json:
+        print_json(document(info))
+    else:
+        click.echo(f"image {info.name} of {format_size(info.size_bytes)} created")
+
+
+@image.command("import")
+@click.argument("name")
+@click.argument("file", type=click.Path(path_type=Path))
+@json_option
+@pass_diskd
+def import_(diskd: Diskd, name: str, file: Path, as_json: bool) -> None:
+    """Make an image NAME with the content of FILE (on diskd's host): raw, or what qemu-img converts."""
+    params = calls.ImportImage(name, str(file.absolute()))
+    info = diskd.call(calls.IMAGE_IMPORT, params, seconds_max=SECONDS_UNBOUNDED)
+    if as_json:
+        print_json(document(info))
+    else:
+        click.echo(f"image {info.name} of {format_size(info.size_bytes)} imported")
+
+
+@image.command("list")
+@json_option
+@pass_diskd
+def list_(diskd: Diskd, as_json: bool) -> None:
+    """All images."""
+    images = diskd.call(calls.IMAGE_LIST, calls.Nothing()).images
+    if as_json:
+        print_json([document(info) for info in images])
+        return
+    print_table(
+        ("NAME", "SIZE", "STATE", "EPOCH", "HOLDER", "CLIENTS", "POINTS"),
+        [
+            (
+                info.name,
+                format_size(info.size_bytes),
+                info.state if info.reason is None else f"{info.state}: {info.reason}",
+                str(info.epoch),
+                info.holder or "-",
+                str(info.connections),
+                str(info.points),
+            )
+            for info in images
+        ],
+    )
+
+
+@image.command()
+@click.argument("name")
+@json_option
+@pass_diskd
+def show(diskd: Diskd, name: str, as_json: bool) -> None:
+    """Everything about one image."""
+    _show(diskd.call(calls.IMAGE_SHOW, ImageName(name)), as_json=as_json)
+
+
+@image.command()
+@click.argument("name")
+@click.argument("size", type=SIZE)
+def resize(name: str, size: int) -> None:
+    """Grow an image: not built yet."""
+    raise OperatorError(
+        f"image resize is not built yet: to grow {name} to {format_size(size)}, create a new image and copy"
+    )
+
+
+@image.command()
+@click.argument("name")
+@click.option("--dry-run", is_flag=True, help="Only tell which files would go, and whether it is refused.")
+@pass_diskd
+def delete(diskd: Diskd, name: str, dry_run: bool) -> None:
+    """Remove an image with its data and its reference points. Refused while it is in use."""
+    for path in diskd.call(calls.IMAGE_DELETE, calls.DeleteImage(name, dry_run)).paths:
+        click.echo(f"{'would remove' if dry_run else 'removed'} {path}")
+
+
+@image.command()
+@click.argument("name")
+@pass_diskd
+def release(diskd: Diskd, name: str) -> None:
+    """Close an image cleanly, so that another diskd can open it with its tracking intact."""
+    diskd.call(calls.IMAGE_RELEASE, ImageName(name))
+    click.echo(f"image {name} released")
+
+
+@image.command("open")
+@click.argument("name")
+@pass_diskd
+def open_(diskd: Diskd, name: str) -> None:
+    """Serve a released image again."""
+    diskd.call(calls.IMAGE_OPEN, ImageName(name))
+    click.echo(f"image {name} open")

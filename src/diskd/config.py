@@ -1,0 +1,162 @@
+"""diskd's settings: their meaning, their defaults with the reason, and how they are read.
+
+From TOML (``--config FILE``), then ``--set KEY=VALUE``; durations and sizes carry units. An unknown key
+is an error that names the nearest one. ``--show-config`` prints what is in force, as JSON.
+"""
+
+import difflib
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import attrs
+
+from daemonkit.durable import read_small_file
+from daemonkit.errors import OperatorError
+from daemonkit.units import (
+    DAY,
+    HOUR,
+    MILLISECOND,
+    MINUTE,
+    SECOND,
+    GiB,
+    KiB,
+    MiB,
+    TiB,
+    UnitError,
+    format_duration,
+    format_size,
+    parse_duration,
+    parse_size,
+    to_seconds,
+)
+from diskd.core.inventory import LibrarySettings
+
+NONE: Final = "none"
+
+
+@attrs.frozen
+class _Rule:
+    """How a setting is written and between which values it makes sense."""
+
+    kind: Literal["duration", "size", "count", "path"]
+    minimum: int = 0
+    maximum: int = 0
+    may_be_none: bool = False
+
+
+def _setting(default: Any, rule: _Rule) -> Any:
+    return attrs.field(default=default, metadata={"rule": rule})
+
+
+@attrs.frozen
+class Settings:
+    """Durations in nanoseconds, sizes in bytes. Every field is a key of the file."""
+
+    # How often fine marks become durable. Shorter costs writes; longer lets a power loss over-report more.
+    tracking_flush_interval: int = _setting(5 * SECOND, _Rule("duration", 100 * MILLISECOND, HOUR))
+    # How long a sealed checkpoint waits after a restart for its export to go on: an operator's coffee break.
+    checkpoint_resume_timeout: int = _setting(10 * MINUTE, _Rule("duration", 0, DAY))
+    # The most that a power loss under load can over-report, per image. At it, a first touch waits.
+    max_open_bytes: int = _setting(4 * GiB, _Rule("size", 64 * MiB, 1024 * TiB))
+    # What an AVHD may take per disk before the backup is given up; none: as much as the file system has.
+    avhd_limit: int | None = _setting(None, _Rule("size", MiB, 1024 * TiB, may_be_none=True))
+    # One step of a merge: a write that meets it waits for a copy of this size and its sync.
+    merge_batch: int = _setting(4 * MiB, _Rule("size", 64 * KiB, GiB))
+    # Where the shared bitmaps live; it must be a tmpfs. none: a directory of our own there.
+    shared_dir: str | None = _setting(None, _Rule("path", may_be_none=True))
+    # NBD clients at a time. Each may, when busy, take 128 MiB.
+    nbd_connections: int = _setting(512, _Rule("count", 1, 65536))
+
+    def library(self) -> LibrarySettings:
+        """What the image library needs of them."""
+        return LibrarySettings(
+            tracking_flush_interval_ns=self.tracking_flush_interval,
+            checkpoint_resume_timeout_ns=self.checkpoint_resume_timeout,
+            max_open_bytes=self.max_open_bytes,
+            avhd_limit_bytes=self.avhd_limit,
+            merge_batch_bytes=self.merge_batch,
+            shared_dir=self.shared_dir,
+        )
+
+
+_FIELDS: Final = {field.name: field for field in attrs.fields(Settings)}
+
+
+def _value(key: str, raw: Any) -> Any:
+    """A setting's value from TOML or from the command line. Raises OperatorError."""
+    if key not in _FIELDS:
+        near = difflib.get_close_matches(key, _FIELDS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(_FIELDS)}"
+        raise OperatorError(f"unknown setting {key!r}: {hint}")
+    rule: _Rule = _FIELDS[key].metadata["rule"]
+    if rule.may_be_none and raw == NONE:
+        return None
+    if rule.kind == "path":
+        if not isinstance(raw, str) or not raw.startswith("/"):
+            raise OperatorError(f"setting {key}: {raw!r} is no absolute path")
+        return raw
+    value = _quantity(key, rule, raw)
+    if not rule.minimum <= value <= rule.maximum:
+        low, high = _text(rule, rule.minimum), _text(rule, rule.maximum)
+        raise OperatorError(f"setting {key}: {_text(rule, value)} is not between {low} and {high}")
+    return value
+
+
+def _text(rule: _Rule, value: int) -> str:
+    if rule.kind == "duration":
+        return format_duration(value)
+    return format_size(value) if rule.kind == "size" else str(value)
+
+
+def _quantity(key: str, rule: _Rule, raw: Any) -> int:
+    if rule.kind != "duration" and type(raw) is int:
+        return raw
+    if not isinstance(raw, str):
+        raise OperatorError(f"setting {key}: {raw!r} is no {rule.kind}; write it with its unit, in quotes")
+    try:
+        if rule.kind == "duration":
+            return parse_duration(raw)
+        if rule.kind == "size":
+            return parse_size(raw)
+        return int(raw)
+    except (UnitError, ValueError) as error:
+        reason = error if isinstance(error, UnitError) else f"{raw!r} is no number"
+        raise OperatorError(f"setting {key}: {reason}") from error
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(read_small_file(path).decode())
+    except OSError as error:
+        raise OperatorError(f"{path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise OperatorError(f"{path}: not TOML: {error}") from error
+
+
+def load_settings(path: Path | None, overrides: Sequence[str] = ()) -> Settings:
+    """The settings in force: defaults, then the file, then ``KEY=VALUE`` each. Raises OperatorError."""
+    values: dict[str, Any] = {}
+    if path is not None:
+        for key, raw in _read_file(path).items():
+            try:
+                values[key] = _value(key, raw)
+            except OperatorError as error:
+                raise OperatorError(f"{path}: {error}") from error
+    for text in overrides:
+        key, equals, raw = text.partition("=")
+        if not equals:
+            raise OperatorError(f"--set {text}: write --set KEY=VALUE")
+        values[key.strip()] = _value(key.strip(), raw.strip())
+    return Settings(**values)
+
+
+def show_settings(settings: Settings) -> dict[str, Any]:
+    """For ``--show-config``: as in all JSON, durations are seconds and sizes bytes."""
+    shown: dict[str, Any] = {}
+    for name, field in _FIELDS.items():
+        value = getattr(settings, name)
+        is_duration = field.metadata["rule"].kind == "duration"
+        shown[name] = to_seconds(value) if is_duration else value
+    return shown

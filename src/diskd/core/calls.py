@@ -1,0 +1,131 @@
+"""The calls of diskd's control beyond those that clusterd makes (daemonkit.diskd_api): what diskctl asks.
+
+Reports are the classes of ``core.inventory``, so that the engine and the wire say the same thing.
+"""
+
+from typing import Final, Literal
+
+import attrs
+
+from daemonkit.diskd_api import BackupDisk, ImageName
+from daemonkit.methods import Method
+from diskd.core.inventory import ChangesInfo, CheckpointInfo, ImageInfo, PointInfo
+
+
+@attrs.frozen
+class Nothing:
+    """No parameters, or no result beyond the fact that it is done."""
+
+
+@attrs.frozen
+class CreateImage:
+    """A new, empty image."""
+
+    image: str
+    size_bytes: int
+
+
+@attrs.frozen
+class ImportImage:
+    """A new image with a file's content. ``path`` is absolute, on diskd's host."""
+
+    image: str
+    path: str
+
+
+@attrs.frozen
+class DeleteImage:
+    """``dry_run`` only tells what would be removed, and whether it would be refused."""
+
+    image: str
+    dry_run: bool = False
+
+
+@attrs.frozen
+class DeleteReport:
+    """The files that were (or, dry, would be) removed."""
+
+    paths: list[str]
+
+
+@attrs.frozen
+class ImageList:
+    """Sorted by name."""
+
+    images: list[ImageInfo]
+
+
+@attrs.frozen
+class PointName:
+    """One reference point of an image."""
+
+    image: str
+    point: str
+
+
+@attrs.frozen
+class PointList:
+    """Oldest first."""
+
+    points: list[PointInfo]
+
+
+@attrs.frozen
+class BeginCheckpoint:
+    """``config``: the VM file's text, or empty where the VM has none."""
+
+    vm: str
+    disks: list[BackupDisk]
+    config: str = ""
+
+
+@attrs.frozen
+class EndCheckpoint:
+    """``keep``: its point becomes valid. ``discard``: as if it had not been tried."""
+
+    checkpoint: str
+    outcome: Literal["keep", "discard"]
+
+
+@attrs.frozen
+class CheckpointList:
+    """Every checkpoint that has a record."""
+
+    checkpoints: list[CheckpointInfo]
+
+
+@attrs.frozen
+class Copied:
+    """Progress of a long call, in bytes."""
+
+    done_bytes: int
+    total_bytes: int
+
+
+@attrs.frozen
+class DaemonStatus:
+    """``nbd`` and ``nbd_socket`` are what stock clients connect to, or None where there is none."""
+
+    version: str
+    pid: int
+    root: str
+    nbd: str | None
+    nbd_socket: str | None
+    connections: int
+    exports: list[str]
+
+
+IMAGE_CREATE: Final = Method("image.create", CreateImage, ImageInfo)
+IMAGE_IMPORT: Final = Method("image.import", ImportImage, ImageInfo)
+IMAGE_LIST: Final = Method("image.list", Nothing, ImageList)
+IMAGE_SHOW: Final = Method("image.show", ImageName, ImageInfo)
+IMAGE_DELETE: Final = Method("image.delete", DeleteImage, DeleteReport)
+IMAGE_RELEASE: Final = Method("image.release", ImageName, ImageInfo)
+IMAGE_OPEN: Final = Method("image.open", ImageName, ImageInfo)
+POINT_LIST: Final = Method("point.list", ImageName, PointList)
+POINT_DELETE: Final = Method("point.delete", PointName, Nothing)
+CHANGES: Final = Method("changes", PointName, ChangesInfo)
+CHECKPOINT_BEGIN: Final = Method("checkpoint.begin", BeginCheckpoint, CheckpointInfo)
+CHECKPOINT_END: Final = Method("checkpoint.end", EndCheckpoint, Nothing)
+CHECKPOINT_LIST: Final = Method("checkpoint.list", Nothing, CheckpointList)
+STATUS: Final = Method("status", Nothing, DaemonStatus)

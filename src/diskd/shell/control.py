@@ -1,0 +1,161 @@
+"""diskd's control calls, answered by the image library.
+
+What each means is fixed in ``core.calls`` and, where clusterd makes it, in ``daemonkit.diskd_api``.
+"""
+
+import os
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import attrs
+import trio
+
+from daemonkit import diskd_api as api
+from daemonkit.rpc import Call, Registry
+from daemonkit.schema import unstructure
+from diskd.core import calls
+from diskd.core.inventory import ChangesInfo, CheckpointInfo, ImageInfo
+from diskd.errors import Refused
+from diskd.shell.library import Library
+from diskd.shell.nbd_server import NbdServer
+
+
+@attrs.frozen
+class Listening:
+    """Where this daemon is reached, for ``status``."""
+
+    root: Path
+    nbd: str | None
+    nbd_socket: str | None
+
+
+def _version() -> str:
+    try:
+        return version("holdfast")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+class Control:
+    """One method per call; ``register`` enters them all."""
+
+    def __init__(self, library: Library, server: NbdServer, listening: Listening) -> None:
+        self._library = library
+        self._server = server
+        self._listening = listening
+
+    def register(self, registry: Registry) -> None:
+        registry.add(api.LEASE_ACQUIRE, self._lease_acquire)
+        registry.add(api.LEASE_PREPARE, self._lease_prepare)
+        registry.add(api.LEASE_RELEASE, self._lease_release)
+        registry.add(api.LEASE_SHOW, self._lease_show)
+        registry.add(api.IMAGE_ACTIVITY, self._activity)
+        registry.add(calls.IMAGE_CREATE, self._image_create)
+        registry.add(calls.IMAGE_IMPORT, self._image_import)
+        registry.add(calls.IMAGE_LIST, self._image_list)
+        registry.add(calls.IMAGE_SHOW, self._image_show)
+        registry.add(calls.IMAGE_DELETE, self._image_delete)
+        registry.add(calls.IMAGE_RELEASE, self._image_release)
+        registry.add(calls.IMAGE_OPEN, self._image_open)
+        registry.add(calls.POINT_LIST, self._point_list)
+        registry.add(calls.POINT_DELETE, self._point_delete)
+        registry.add(calls.CHANGES, self._changes)
+        registry.add(calls.CHECKPOINT_BEGIN, self._checkpoint_begin)
+        registry.add(calls.CHECKPOINT_END, self._checkpoint_end)
+        registry.add(calls.CHECKPOINT_LIST, self._checkpoint_list)
+        registry.add(calls.STATUS, self._status)
+
+    # --- leases
+
+    async def _lease_acquire(self, params: api.LeaseRequest, _call: Call) -> api.Lease:
+        return await self._library.acquire_lease(params.image, params.epoch, params.holder)
+
+    async def _lease_prepare(self, params: api.LeaseRequest, _call: Call) -> api.Lease:
+        return await self._library.prepare_lease(params.image, params.epoch, params.holder)
+
+    async def _lease_release(self, params: api.LeaseRequest, _call: Call) -> api.Lease:
+        return await self._library.release_lease(params.image, params.epoch, params.holder)
+
+    async def _lease_show(self, params: api.ImageName, _call: Call) -> api.Lease:
+        return self._library.lease(params.image)
+
+    async def _activity(self, params: api.ImageNames, _call: Call) -> api.ActivityReport:
+        return self._library.activity(params.images)
+
+    # --- images
+
+    async def _image_create(self, params: calls.CreateImage, _call: Call) -> ImageInfo:
+        return await self._library.create_image(params.image, params.size_bytes)
+
+    async def _image_import(self, params: calls.ImportImage, call: Call) -> ImageInfo:
+        if not params.path.startswith("/"):
+            raise Refused(f"{params.path}: write the file's absolute path on diskd's host")
+        # The importer may report far more often than a client can take it: only the newest state matters.
+        sender, receiver = trio.open_memory_channel[calls.Copied](1)
+
+        def progress(done_bytes: int, total_bytes: int) -> None:
+            try:
+                sender.send_nowait(calls.Copied(done_bytes, total_bytes))
+            except trio.WouldBlock:
+                return
+
+        async def report() -> None:
+            async for copied in receiver:
+                await call.progress(unstructure(copied))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(report)
+            async with sender:
+                return await self._library.import_image(params.image, Path(params.path), progress=progress)
+
+    async def _image_list(self, _params: calls.Nothing, _call: Call) -> calls.ImageList:
+        return calls.ImageList(self._library.images())
+
+    async def _image_show(self, params: api.ImageName, _call: Call) -> ImageInfo:
+        return self._library.image(params.image)
+
+    async def _image_delete(self, params: calls.DeleteImage, _call: Call) -> calls.DeleteReport:
+        return calls.DeleteReport(await self._library.delete_image(params.image, dry_run=params.dry_run))
+
+    async def _image_release(self, params: api.ImageName, _call: Call) -> ImageInfo:
+        return await self._library.release_image(params.image)
+
+    async def _image_open(self, params: api.ImageName, _call: Call) -> ImageInfo:
+        return await self._library.open_image(params.image)
+
+    # --- points, changes, checkpoints
+
+    async def _point_list(self, params: api.ImageName, _call: Call) -> calls.PointList:
+        return calls.PointList(self._library.points(params.image))
+
+    async def _point_delete(self, params: calls.PointName, _call: Call) -> calls.Nothing:
+        await self._library.delete_point(params.image, params.point)
+        return calls.Nothing()
+
+    async def _changes(self, params: calls.PointName, _call: Call) -> ChangesInfo:
+        return self._library.changes(params.image, params.point)
+
+    async def _checkpoint_begin(self, params: calls.BeginCheckpoint, _call: Call) -> CheckpointInfo:
+        frozen = await self._library.begin_checkpoint(params.vm, params.disks, params.config, held_by="hand")
+        for info in self._library.checkpoints():
+            if info.checkpoint == frozen.checkpoint:
+                return info
+        raise Refused(f"checkpoint {frozen.checkpoint} ended as soon as it had begun")
+
+    async def _checkpoint_end(self, params: calls.EndCheckpoint, _call: Call) -> calls.Nothing:
+        await self._library.end_checkpoint(params.checkpoint, params.outcome)
+        return calls.Nothing()
+
+    async def _checkpoint_list(self, _params: calls.Nothing, _call: Call) -> calls.CheckpointList:
+        return calls.CheckpointList(self._library.checkpoints())
+
+    async def _status(self, _params: calls.Nothing, _call: Call) -> calls.DaemonStatus:
+        return calls.DaemonStatus(
+            version=_version(),
+            pid=os.getpid(),
+            root=str(self._listening.root),
+            nbd=self._listening.nbd,
+            nbd_socket=self._listening.nbd_socket,
+            connections=self._server.connections,
+            exports=list(self._library.names()),
+        )

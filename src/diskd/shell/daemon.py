@@ -1,0 +1,71 @@
+"""The `diskd run` process: opens the library, serves NBD and control until told to stop, closes cleanly.
+
+The end comes in the reverse order of the beginning: control first (what a call was doing is undone by
+the call itself), then no new NBD clients, then those that are there are sent home, then the images are
+closed. A second signal does not hurry it: an image that is not closed cleanly costs exactness at most.
+"""
+
+import signal
+from collections.abc import AsyncIterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import attrs
+import structlog
+import trio
+
+from daemonkit.cli import announce_ready
+from daemonkit.ports import Address
+from daemonkit.rpc import Registry, serve
+from diskd.config import Settings
+from diskd.shell.control import Control, Listening
+from diskd.shell.library import Library, open_library
+from diskd.shell.nbd_server import NbdServer
+
+log = structlog.get_logger("daemon")
+
+
+@attrs.frozen
+class Listen:
+    """Where to listen; port 0 takes a free one, and the ready line tells which."""
+
+    control: Address
+    nbd: Address | None
+    nbd_socket: str | None
+
+
+async def run_daemon(root: Path, settings: Settings, listen: Listen, keys: Sequence[bytes]) -> None:
+    """Serve ``root`` until SIGTERM or SIGINT. Raises OperatorError for what cannot be served."""
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async with open_library(root, settings.library()) as library:
+            await _serve(library, root, settings, listen, keys, signals)
+    log.info("daemon.stopped")
+
+
+async def _serve(
+    library: Library,
+    root: Path,
+    settings: Settings,
+    listen: Listen,
+    keys: Sequence[bytes],
+    signals: AsyncIterator[int],
+) -> None:
+    server = NbdServer(library, connections_max=settings.nbd_connections)
+    async with trio.open_nursery() as peers:
+        async with trio.open_nursery() as listeners:
+            nbd: Address | None = None
+            if listen.nbd is not None:
+                nbd = await listeners.start(partial(server.serve_tcp, listen.nbd, outliving=peers))
+            if listen.nbd_socket is not None:
+                await listeners.start(partial(server.serve_unix, listen.nbd_socket, outliving=peers))
+            listening = Listening(root, str(nbd) if nbd else None, listen.nbd_socket)
+            registry = Registry()
+            Control(library, server, listening).register(registry)
+            control = await listeners.start(partial(serve, registry, listen.control, keys=keys))
+            announce_ready(control=str(control), nbd=listening.nbd, nbd_socket=listening.nbd_socket)
+            log.info("daemon.ready", root=str(root), control=str(control), nbd=listening.nbd)
+            number = await anext(signals)
+            log.info("daemon.stopping", signal=signal.Signals(number).name)
+            listeners.cancel_scope.cancel(reason="told to stop")
+        await server.drain("diskd is shutting down")
+        peers.cancel_scope.cancel(reason="told to stop")
