@@ -103,10 +103,12 @@ class Control:
             async for copied in receiver:
                 await call.progress(unstructure(copied))
 
+        source = Path(params.path)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(report)
             async with sender:
-                return await self._library.import_image(params.image, Path(params.path), progress=progress)
+                info = await self._library.import_image(params.image, source, progress=progress)
+        return info
 
     async def _image_list(self, _params: calls.Nothing, _call: Call) -> calls.ImageList:
         return calls.ImageList(self._library.images())

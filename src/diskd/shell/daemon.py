@@ -18,6 +18,7 @@ from daemonkit.cli import announce_ready
 from daemonkit.ports import Address
 from daemonkit.rpc import Registry, serve
 from diskd.config import Settings
+from diskd.shell.backup import register_backup
 from diskd.shell.control import Control, Listening
 from diskd.shell.library import Library, open_library
 from diskd.shell.nbd_server import NbdServer
@@ -61,6 +62,7 @@ async def _serve(
             listening = Listening(root, str(nbd) if nbd else None, listen.nbd_socket)
             registry = Registry()
             Control(library, server, listening).register(registry)
+            register_backup(registry, library, key=keys[0] if keys else None)
             control = await listeners.start(partial(serve, registry, listen.control, keys=keys))
             announce_ready(control=str(control), nbd=listening.nbd, nbd_socket=listening.nbd_socket)
             log.info("daemon.ready", root=str(root), control=str(control), nbd=listening.nbd)
