@@ -111,9 +111,9 @@ class NodeConfig:
 
 def read_node_config(path: Path) -> NodeConfig:
     """NODE.toml. Raises OperatorError, one line: file, place, what is wrong."""
-    table = structure(_NodeTable, _load(path, _read(path)), where=str(path))
+    document = _load(path, _read(path))
     try:
-        return _check_node(table, path.parent)
+        return _check_node(structure(_NodeTable, document), path.parent)
     except (OperatorError, UnitError) as error:
         raise OperatorError(f"{path}: {error}") from error
 
@@ -279,9 +279,9 @@ def parse_vm(text: str, *, where: str) -> VmConfig:
     data = text.encode()
     if len(data) > VM_FILE_BYTES_MAX:
         raise OperatorError(f"{where}: a VM file has at most {VM_FILE_BYTES_MAX} bytes")
-    table = structure(_VmTable, _load(where, data), where=where)
+    document = _load(where, data)
     try:
-        return _check_vm_table(table, text)
+        return _check_vm_table(structure(_VmTable, document), text)
     except (OperatorError, UnitError) as error:
         raise OperatorError(f"{where}: {error}") from error
 

@@ -15,6 +15,7 @@ from clusterd.core import calls
 from clusterd.core.commands import AddVm, Command
 from clusterd.core.effects import AnswerCommand
 from clusterd.core.events import CommandGiven
+from clusterd.core.node import NodeCore
 from clusterd.errors import Refused
 from clusterd.shell.diskds import Diskds
 from clusterd.shell.event_log import EventLog
@@ -34,7 +35,8 @@ class _Pending:
 class Control:
     """Handlers of every call; ``answer_command`` is the way back from the core."""
 
-    def __init__(self, loop: CoreLoop, event_log: EventLog, diskds: Diskds) -> None:
+    def __init__(self, core: NodeCore, loop: CoreLoop, event_log: EventLog, diskds: Diskds) -> None:
+        self._core = core
         self._loop = loop
         self._event_log = event_log
         self._diskds = diskds
@@ -61,13 +63,13 @@ class Control:
             pending.answered.set()
 
     async def _status(self, params: calls.Nothing, call: Call) -> calls.Document:
-        return calls.Document(self._loop.core.status(self._loop.now()))
+        return calls.Document(self._core.status(self._loop.now()))
 
     async def _explain_node(self, params: calls.NodeName, call: Call) -> calls.Rows:
-        return calls.Rows(self._loop.core.explain_node(params.node, self._loop.now()))
+        return calls.Rows(self._core.explain_node(params.node, self._loop.now()))
 
     async def _vm_show(self, params: calls.VmName, call: Call) -> calls.Document:
-        document = self._loop.core.vm_config(params.vm)
+        document = self._core.vm_config(params.vm)
         if document is None:
             raise Refused(f"no VM {params.vm!r} is known here: see `clusterctl vm list`")
         return calls.Document(document)

@@ -127,15 +127,17 @@ async def run_node(config: NodeConfig, announce: Callable[..., Any]) -> None:
     """Serve until told to end; ``announce`` is called once with the bound addresses."""
     with _claimed(config.data_dir):
         node = prepare(config)
-        loop = CoreLoop(NodeCore(node.identity, node.state), node.state_path)
+        core = NodeCore(node.identity, node.state)
+        loop = CoreLoop(core, node.state_path)
         with contextlib.closing(_heartbeats(config, loop.wake)) as heartbeats:
             async with _store(config) as store:
-                await _run(config, node, loop, heartbeats, store, announce)
+                await _run(config, node, core, loop, heartbeats, store, announce)
 
 
 async def _run(
     config: NodeConfig,
     node: Node,
+    core: NodeCore,
     loop: CoreLoop,
     heartbeats: Heartbeats,
     store: StoreClient,
@@ -145,7 +147,7 @@ async def _run(
     event_log = EventLog(config.name)
     diskds = Diskds(config.diskd, key)
     nbd = {name: addresses.nbd for name, addresses in config.diskd.items()}
-    control = Control(loop, event_log, diskds)
+    control = Control(core, loop, event_log, diskds)
 
     async def serve_control(task_status: trio.TaskStatus[Address]) -> None:
         await serve(control.registry(), config.control, keys=node.identity.keys, task_status=task_status)

@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
 import structlog
 import trio
@@ -29,7 +29,6 @@ from clusterd.core.events import (
     Persisted,
     Started,
 )
-from clusterd.core.node import NodeCore
 from clusterd.shell.udp import Heartbeats
 from daemonkit.durable import replace_file
 from daemonkit.errors import OperatorError
@@ -42,13 +41,19 @@ DEADLINES_PER_TURN_MAX: Final = 16  # a core whose deadline does not move on wou
 log = structlog.get_logger("loop")
 
 
+class Core(Protocol):
+    """The door of ``core.node.NodeCore``, as far as the loop uses it."""
+
+    def handle(self, event: Event, now: int) -> Ready: ...
+
+    def next_deadline(self) -> int | None: ...
+
+
 class CoreLoop:
     """``post`` from anywhere in this trio run; ``run`` is the owner task."""
 
-    def __init__(
-        self, core: NodeCore, state_path: Path, *, now: Callable[[], int] = time.monotonic_ns
-    ) -> None:
-        self.core = core
+    def __init__(self, core: Core, state_path: Path, *, now: Callable[[], int] = time.monotonic_ns) -> None:
+        self._core = core
         self.now = now
         self._state_path = state_path
         # Bounded by what asks: every event answers an effect, a run or one of the bounded control calls.
@@ -92,7 +97,7 @@ class CoreLoop:
         return self.exit_reason
 
     async def _wait(self) -> None:
-        deadline = self.core.next_deadline()
+        deadline = self._core.next_deadline()
         until = self._turn_ns + PULSE_NS if deadline is None else min(deadline, self._turn_ns + PULSE_NS)
         with trio.move_on_after(max(0, until - self.now()) / SECOND):
             await self._woken.wait()
@@ -111,7 +116,7 @@ class CoreLoop:
         for _ in range(len(self._inbox)):
             self._step(self._inbox.popleft())
         for _ in range(DEADLINES_PER_TURN_MAX):
-            deadline = self.core.next_deadline()
+            deadline = self._core.next_deadline()
             if deadline is None or self.now() < deadline:
                 break
             self._step(DeadlineReached())
@@ -123,7 +128,7 @@ class CoreLoop:
             self._step(DatagramReceived(network, data))
 
     def _step(self, event: Event) -> None:
-        self._follow(self.core.handle(event, self.now()))
+        self._follow(self._core.handle(event, self.now()))
 
     def _follow(self, ready: Ready) -> None:
         if self._heartbeats is not None:
