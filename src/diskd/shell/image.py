@@ -1,80 +1,103 @@
-"""An open image: the device that checks the epoch, holds, marks, and then submits to its layer.
+"""An open image: its files, its tracking, and the gate that every writer passes.
 
-One write, in one step of the loop, without a wait between these:
+``layer`` is where I/O goes: the raw file, or while a checkpoint stands an overlay. What a write does, in
+which order, is told in writer.py; what tracking does in core/tracker.py; how a point is cut in cut.py.
 
-    check()            the writer's epoch is still the newest (S1), else Fenced
-    no hold in force   (a cut is being made, B1), else wait and start over
-    tracker.admit()    every region touched is durably open and the blocks are marked (T1),
-                       else open the regions (group commit) and start over
-    layer.write()      submitted
-
-``layer`` is the raw file, or while a checkpoint stands an overlay; it is chosen in the same step too.
-A failed sync is final: the image answers EIO until it is reopened, and its regions stay open.
+Turns, always taken in this order: flush (RCT), catalogue (points), commit (MRT). A failed sync is final: the
+image answers EIO until it is reopened, and its regions stay open.
 """
 
 import contextlib
+import errno
+import os
+import secrets
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Final
-from uuid import UUID
+from typing import TypeVar
+from uuid import UUID, uuid4
 
-import attrs
+import structlog
 import trio
 
-from daemonkit.units import GiB, SECOND, MiB
-from diskd.core.points import Point
-from diskd.core.ports import Allocation, ChangeReport, Layer
+from daemonkit import durable
+from daemonkit.errors import InvariantBroken
+from daemonkit.units import SECOND, format_size
+from diskd.core import interval, mrt, points, recovery
+from diskd.core.changes import report
+from diskd.core.extents import PageMap, page_map
+from diskd.core.geometry import (
+    BLOCK_BYTES_DEFAULT,
+    IMAGE_TOML,
+    RAW,
+    REGION_BYTES_DEFAULT,
+    Geometry,
+    Identity,
+    decode_identity,
+    encode_identity,
+)
+from diskd.core.points import Point, Span
+from diskd.core.ports import ChangeReport, Layer
+from diskd.core.steps import Remove, Script, Sync, Truncate
+from diskd.core.tracker import Tracker, commit, flush, next_header, replace_catalogue
+from diskd.core.tracker import join_segments as join_script
+from diskd.errors import Damaged, Refused
+from diskd.shell import qemu_locks
+from diskd.shell.cut import Cut
+from diskd.shell.files import Files
+from diskd.shell.image_settings import ImageSettings
+from diskd.shell.raw_layer import RawLayer, now_ns
+from diskd.shell.shared_memory import SharedDirectory
+from diskd.shell.writer import Writer
 
-BLOCK_BYTES: Final = 4096
-REGION_BYTES: Final = 1 * MiB
+__all__ = ["Image", "ImageSettings", "Writer"]
 
+T = TypeVar("T")
+log = structlog.get_logger("image")
 
-@attrs.frozen
-class ImageSettings:
-    """What the operator can set for every image (DESIGN.md section 7)."""
-
-    # How long fine marks may live in shared memory only; also the grain of outside-change detection.
-    tracking_flush_interval_ns: int = 5 * SECOND
-    # Bounds what a power loss can over-report: at it, a first touch waits until a region has closed.
-    max_open_bytes: int = 4 * GiB
-    # A tmpfs: what survives a daemon and not a boot.
-    shared_dir: Path = Path("/dev/shm")  # noqa: S108 - tmpfs is the point: it lives exactly as long as the boot
-    boot_id_file: Path = Path("/proc/sys/kernel/random/boot_id")
-
-
-class Writer:
-    """One epoch's access to an image: a Device (ports.Device). Made by ``Image.open_writer``.
-
-    ``check`` raises Fenced; it is called in the step of every submission and after every wait.
-    """
-
-    @property
-    def size_bytes(self) -> int: ...
-    @property
-    def is_read_only(self) -> bool: ...
-    def read_nowait(self, offset: int, length: int) -> bytes | None: ...
-    async def read(self, offset: int, length: int) -> bytes: ...
-    def write_nowait(self, offset: int, data: bytes | memoryview) -> bool: ...
-    async def write(self, offset: int, data: bytes | memoryview, *, fua: bool = False) -> None: ...
-    async def write_zeroes(
-        self, offset: int, length: int, *, may_trim: bool = True, fua: bool = False
-    ) -> None: ...
-    async def trim(self, offset: int, length: int, *, fua: bool = False) -> None: ...
-    async def flush(self) -> None: ...
-    async def allocation(self, offset: int, length: int) -> list[Allocation]: ...
+# A close flushes until every region is closed; one round per flush that was on its way, and one more.
+_CLOSE_ROUNDS_MAX = 4
 
 
 class Image:
-    """Everything about one open image. Use from the loop's thread; ``*_blocking`` from a worker thread."""
+    """Everything about one open image. Use it from the loop's thread; ``*_blocking`` from a worker thread."""
 
-    name: str
-    uuid: UUID
-    directory: Path
-    size_bytes: int
-    block_bytes: int
-    raw: Layer  # the parent file, always (RawLayer; also has read_into_blocking, allocation_blocking)
-    layer: Layer  # where I/O goes: ``raw``, or an overlay over it. Assigned under ``held()``.
-    failure: str | None  # why everything answers EIO now
+    def __init__(
+        self,
+        directory: Path,
+        identity: Identity,
+        settings: ImageSettings,
+        files: Files,
+        shared: SharedDirectory,
+        recovered: recovery.Recovered,
+    ) -> None:
+        self.name = directory.name
+        self.directory = directory
+        self.identity = identity
+        self.uuid = identity.uuid
+        self.size_bytes = identity.geometry.size_bytes
+        self.block_bytes = identity.geometry.block_bytes
+        self.settings = settings
+        self.files = files
+        self.shared = shared
+        self.opened_how = recovered.how
+        self.opened_reason = recovered.reason
+        self.tracker = Tracker(identity, recovered, max_open_bytes=settings.max_open_bytes)
+        self.raw = RawLayer(files, self.size_bytes, self._note_write)
+        self.layer: Layer = self.raw
+        self.failure: str | None = None
+        self.is_closed = False
+        self.is_held = False
+        self.last_io: float | None = None
+        self.writes = 0
+        self.flush_turn = trio.Lock()
+        self.catalogue_turn = trio.Lock()
+        self.commit_turn = trio.Lock()
+        self._holds = 0
+        self._unheld = trio.Event()
+        self._quiet = trio.Event()
+        self._cut = Cut(self)
+
+    # --- life --------------------------------------------------------------------------------------
 
     @classmethod
     async def create(
@@ -82,12 +105,16 @@ class Image:
         directory: Path,
         size_bytes: int,
         *,
-        block_bytes: int = BLOCK_BYTES,
-        region_bytes: int = REGION_BYTES,
+        block_bytes: int = BLOCK_BYTES_DEFAULT,
+        region_bytes: int = REGION_BYTES_DEFAULT,
+        uuid: UUID | None = None,
     ) -> UUID:
         """Make the files of a new, empty image in ``directory`` (created; must not exist). ``image.toml`` is
-        written last: without it there is no image."""
-        ...
+        written last: without it there is no image. Raises Refused for impossible sizes, OSError."""
+        geometry = Geometry.check(size_bytes, block_bytes, region_bytes)
+        identity = Identity(uuid or uuid4(), geometry)
+        await trio.to_thread.run_sync(_create_blocking, directory, identity)
+        return identity.uuid
 
     @classmethod
     async def open(cls, directory: Path, settings: ImageSettings) -> "Image":
@@ -96,81 +123,386 @@ class Image:
         The image's name is the directory's. ``layer`` is ``raw``: whoever finds a checkpoint replaces it
         before the first writer opens. Start ``run`` in a nursery afterwards.
         """
-        ...
+        image = await trio.to_thread.run_sync(_open_blocking, directory, settings)
+        log.info("image.opened", image=image.name, how=image.opened_how, reason=image.opened_reason)
+        return image
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Flush tracking every ``tracking_flush_interval`` until cancelled or closed."""
-        ...
+        """Flush tracking every ``tracking_flush_interval`` until cancelled, closed or failed."""
+        task_status.started()
+        while True:
+            await trio.sleep(self.settings.tracking_flush_interval_ns / SECOND)
+            if self.is_closed or self.failure is not None:
+                return
+            try:
+                await self.flush_tracking()
+            except OSError as error:
+                log.warning("image.tracking_flush_failed", image=self.name, reason=str(error))
+                return
 
     async def close(self) -> None:
-        """A clean stop: everything durable, every region closed, the shared bitmap removed (T3)."""
-        ...
+        """A clean stop: everything durable, every region closed, the shared bitmap removed (T3).
+
+        After a failure nothing is recorded: the next opening recovers as after a crash of the daemon.
+        Idempotent. Raises OSError where the last sync fails; the files are closed all the same.
+        """
+        if self.is_closed:
+            return
+        with trio.CancelScope(shield=True):
+            try:
+                if self.failure is None:
+                    async with self.held():
+                        await self._close_cleanly()
+            finally:
+                self.is_closed = True
+                await self.layer.close()
+                self.abandon()
+
+    async def _close_cleanly(self) -> None:
+        await self._cut.cancel()
+        await self.sync_layer()
+        for _ in range(_CLOSE_ROUNDS_MAX):
+            await self.flush_tracking()
+            if self.tracker.is_settled:
+                break
+        facts = await trio.to_thread.run_sync(_settled_facts, self.files)
+        nonce = self.tracker.area.nonce
+        async with self.commit_turn:
+            header = next_header(
+                self.tracker,
+                clean=self.tracker.is_settled,
+                nonce=mrt.NO_NONCE,
+                next_nonce=mrt.NO_NONCE,
+                root_sequence=self.tracker.root.sequence,
+                time_ns=now_ns(),
+                raw=facts,
+            )
+            await self.perform(mrt.write_header(self.identity, header))
+            self.tracker.header = header
+        self.shared.remove(nonce)
+
+    def abandon(self) -> None:
+        """Let go of files and memory as a killed daemon does: nothing is recorded."""
+        self.is_closed = True
+        self.failure = self.failure or "the image is closed"
+        self.tracker.release()
+        self.shared.close()
+        self.files.close()
+
+    # --- access ------------------------------------------------------------------------------------
 
     def open_writer(self, check: Callable[[], None]) -> Writer:
         """Access under one epoch. ``check`` raises Fenced."""
-        ...
+        return Writer(self, check)
 
     async def drain(self, writer: Writer) -> None:
         """Return when no call of ``writer`` is submitted any more."""
-        ...
+        while writer.submitted:
+            writer.idle = trio.Event()
+            await writer.idle.wait()
 
     @contextlib.asynccontextmanager
     async def held(self) -> AsyncIterator[None]:
         """New writes of every writer wait; entered when those submitted are done. Keep it short."""
-        yield
+        self._holds += 1
+        if not self.is_held:
+            self.is_held, self._unheld = True, trio.Event()
+        try:
+            while self.writes:
+                self._quiet = trio.Event()
+                await self._quiet.wait()
+            yield
+        finally:
+            self._holds -= 1
+            if not self._holds:
+                self.is_held = False
+                self._unheld.set()
+
+    async def wait_unheld(self) -> None:
+        """Return when no hold is in force, or was not a moment ago: look again."""
+        await self._unheld.wait()
+
+    def write_done(self) -> None:
+        """A submitted write has ended."""
+        if not self.writes:
+            self._quiet.set()
 
     def last_io_ns(self) -> int | None:
         """trio's clock (ns) at the last call of any writer, or None: evidence of life."""
-        ...
+        return None if self.last_io is None else int(self.last_io * SECOND)
 
     async def flush(self) -> None:
-        """As a guest's FLUSH: ``layer.flush()``; a failure is final."""
-        ...
+        """As a guest's FLUSH; a failure is final."""
+        self.require_working()
+        await self.sync_layer()
 
-    async def flush_tracking(self) -> None:
-        """Make the active bitmap durable and close what can be closed (also done by ``run``)."""
-        ...
+    async def sync_layer(self) -> None:
+        """``layer.flush()``; a failure is final."""
+        try:
+            await self.layer.flush()
+        except OSError as error:
+            self.fail(f"a flush failed: {error.strerror or error}")
+            raise
+        self.require_working()
 
     def fail(self, reason: str) -> None:
         """A sync failed: everything answers EIO until the image is reopened."""
-        ...
+        if self.failure is None:
+            self.failure = reason
+            log.error("image.failed", image=self.name, reason=reason)
 
-    # Cutting a point. prepare_cut (before the hold), freeze (under the hold, memory only), persist_cut (after
+    def require_working(self) -> None:
+        """Raises EIO after a failure."""
+        if self.failure is not None:
+            raise OSError(errno.EIO, f"{self.name}: {self.failure}; reopen the image")
+
+    # --- tracking ----------------------------------------------------------------------------------
+
+    async def perform(self, script: Script[T], *, refusable: bool = False) -> T:
+        """Run a script on the image's files, to its end. A failure is final, except, where ``refusable``, a
+        lack of space (nothing was changed then)."""
+        try:
+            with trio.CancelScope(shield=True):
+                return await self.files.run(script)
+        except OSError as error:
+            if not (refusable and error.errno in (errno.ENOSPC, errno.EDQUOT)):
+                self.fail(f"tracking could not be made durable: {error.strerror or error}")
+            raise
+        raise InvariantBroken("a shielded script was cancelled")
+
+    async def open_regions(self, offset: int, length: int) -> None:
+        """Make every region of a range durably open, together with whoever else waits for that (T1).
+
+        Returns in the step in which they are; look again, another step may have closed them.
+        """
+        while closed := self.tracker.closed_regions(offset, length):
+            if not self.tracker.has_room(len(closed)):
+                await self.flush_tracking()
+                continue
+            self.tracker.want(closed)
+            async with self.commit_turn:
+                self.require_working()
+                if closed := self.tracker.closed_regions(offset, length):
+                    self.tracker.want(closed)
+                    await self._commit()
+            return
+
+    async def flush_tracking(self) -> None:
+        """Make the active bitmap durable and close what can be closed (also done by ``run``). While a cut is
+        between freeze and persist, it waits for that."""
+        while True:
+            await self._cut.wait_thawed()
+            async with self.flush_turn:
+                self.require_working()
+                begun = self.tracker.begin_flush()
+                if begun is None:
+                    continue
+                root = await self.perform(flush(self.tracker, begun))
+                self.tracker.end_flush(begun, root)
+                async with self.commit_turn:
+                    await self._commit()
+                return
+
+    async def _commit(self) -> None:
+        begun = self.tracker.begin_commit(now_ns())
+        if begun is not None:
+            await self.perform(commit(self.tracker, begun))
+            self.tracker.end_commit(begun)
+
+    def _note_write(self) -> None:
+        self.tracker.area.time_ns = now_ns()
+
+    # --- points ------------------------------------------------------------------------------------
+
+    # Cutting a point: prepare_cut (before the hold), freeze (under the hold, memory only), persist_cut (after
     # the hold), then validate_point or delete_point. A cut that was not persisted never happened.
 
     async def prepare_cut(self) -> None:
         """Allocate and register the next bitmap. Raises Refused (no shared memory, too many points)."""
-        ...
+        await self._cut.prepare()
 
     def freeze(self, point: str) -> None:
-        """Under ``held()``, after prepare_cut: the active bitmap becomes the frozen interval before ``point``."""
-        ...
+        """Under ``held()``, after prepare_cut: the active bitmap becomes the interval before ``point``."""
+        if not self.is_held or self.writes:
+            raise Refused(f"{self.name}: a point is cut only while writes are held")
+        self._cut.freeze(point)
 
     async def cancel_cut(self) -> None:
-        """After prepare_cut, frozen or not, persisted or not: as if the cut had not been tried. Idempotent."""
-        ...
+        """After prepare_cut, frozen or not: as if the cut had not been tried. Idempotent. (Once persisted, it
+        is a point like any other: delete_point.)"""
+        await self._cut.cancel()
 
     async def persist_cut(self) -> None:
-        """Make the frozen interval durable, fdatasync the raw file, record ``point`` as pending."""
-        ...
+        """Make the frozen interval durable, fdatasync the raw file, record the point as pending (T2).
+
+        Raises OSError (ENOSPC: cancel_cut then takes everything back; anything else fails the image)."""
+        await self._cut.persist()
+        await self.join_segments()
 
     async def validate_point(self, point: str) -> None:
         """pending -> valid, durably. Raises NoSuchPoint."""
-        ...
+        async with self.catalogue_turn:
+            catalogue = points.validate(self.tracker.catalogue, point)
+            await self.perform(replace_catalogue(self.identity, catalogue), refusable=True)
+            self.tracker.catalogue = catalogue
 
     async def delete_point(self, point: str) -> None:
-        """Forget a point in any state, durably; the intervals on both sides join. Unknown is fine.
+        """Forget a point in any state, durably; the intervals on both sides join. Unknown is fine."""
+        async with self.catalogue_turn:
+            before = self.tracker.catalogue
+            catalogue = points.delete(before, point)
+            if catalogue == before:
+                return
+            await self.perform(replace_catalogue(self.identity, catalogue), refusable=True)
+            self.tracker.catalogue = catalogue
+            for segment in before.segments:
+                if segment not in catalogue.segments:
+                    await self.perform(_remove(interval.file_name(segment.interval)))
+        await self.join_segments()
 
-        This is also drop_cut of a persisted cut."""
-        ...
+    async def join_segments(self) -> None:
+        """Join interval files that no point separates any more. Only saves space: done later if it fails."""
+        async with self.catalogue_turn:
+            script = join_script(self.identity, self.tracker.generation, self.tracker.catalogue)
+            try:
+                self.tracker.catalogue = await self.perform(script, refusable=True)
+            except Damaged as error:
+                log.warning("image.interval_damaged", image=self.name, reason=str(error))
+            except OSError as error:
+                log.warning("image.join_failed", image=self.name, reason=str(error))
+                self.require_working()
 
     def points(self) -> list[Point]:
         """All points, oldest first: id, rct_id, state (pending, valid, invalid), reason, size_bytes."""
-        ...
+        return list(self.tracker.catalogue.points)
 
     def changes_since(self, point: str, *, until: str | None = None) -> ChangeReport:
-        """The changes between two points, or between a point and now; reads side files, any thread.
+        """The changes between two points, or (from the loop's thread only) between a point and now.
 
-        Raises NoSuchPoint with the reason and the remedy (T4). ``until`` may be pending, ``point`` must
-        be valid."""
-        ...
+        Reads side files. Raises NoSuchPoint with the reason and the remedy (T4). ``until`` may be pending,
+        ``point`` must be valid."""
+        span, closed = self._closed_since(point, until)
+        over = 0
+        if span.with_active:
+            frozen = self.tracker.frozen
+            for area in (self.tracker.area, *((frozen.area,) if frozen else ())):
+                closed.append(page_map(area.bits, self.identity.geometry.page_bytes))
+                over += area.over_report_bytes
+        geometry = self.identity.geometry
+        return report(geometry, span, interval.unite(closed), active_over_report_bytes=over)
+
+    def _closed_since(self, point: str, until: str | None) -> tuple[Span, list[PageMap]]:
+        while True:
+            catalogue = self.tracker.catalogue
+            span = points.span(catalogue, point, until)
+            try:
+                return span, [self._read_interval(segment.interval) for segment in span.segments]
+            except Damaged as error:
+                # Joined or deleted while we read: the new catalogue knows where its bits are now.
+                if self.tracker.catalogue is catalogue:
+                    raise points.damaged(point, str(error)) from error
+
+    def _read_interval(self, number: int) -> PageMap:
+        path = self.directory / interval.file_name(number)
+        try:
+            data = durable.read_small_file(path, size_bytes_max=interval.size_bytes_max(self.identity))
+        except FileNotFoundError as error:
+            raise Damaged(f"{path.name} is missing") from error
+        return interval.decode(self.identity, self.tracker.generation, number, data)
+
+
+def _remove(name: str) -> Script[None]:
+    yield Remove(name)
+
+
+def _facts(descriptor: int) -> mrt.RawFacts:
+    status = os.fstat(descriptor)
+    return mrt.RawFacts(status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+
+
+def _settled_facts(files: Files) -> mrt.RawFacts:
+    """What the raw file looks like, durably: fdatasync alone may lose the times that recovery compares."""
+    descriptor = files.descriptor(RAW)
+    os.fsync(descriptor)
+    return _facts(descriptor)
+
+
+def _create_blocking(directory: Path, identity: Identity) -> None:
+    directory.mkdir()
+    files = Files(directory)
+    try:
+        files.run_blocking(_create_raw(identity.geometry.size_bytes))
+        files.run_blocking(recovery.create(identity, uuid4(), _settled_facts(files)))
+        durable.replace_file(directory / IMAGE_TOML, encode_identity(identity))
+        durable.sync_directory(directory.parent)
+    finally:
+        files.close()
+
+
+def _create_raw(size_bytes: int) -> Script[None]:
+    yield Truncate(RAW, size_bytes)
+    yield Sync(RAW)
+
+
+def _open_blocking(directory: Path, settings: ImageSettings) -> Image:
+    name = directory.name
+    try:
+        identity = decode_identity(
+            durable.read_small_file(directory / IMAGE_TOML), where=f"{name}: {IMAGE_TOML}"
+        )
+        boot_id = UUID(settings.boot_id_file.read_text().strip())
+    except FileNotFoundError as error:
+        raise Refused(f"{name}: no image there ({error.filename} is missing)") from error
+    except ValueError as error:
+        raise Refused(f"{settings.boot_id_file}: not a boot id") from error
+    settings.check(identity.geometry)
+    files = Files(directory)
+    shared = SharedDirectory(settings.shared_dir, identity.uuid)
+    try:
+        facts = _lock_raw(name, files, identity.geometry.size_bytes)
+        around = recovery.Surroundings(
+            memory=shared,
+            boot_id=boot_id,
+            raw=facts,
+            now_ns=now_ns(),
+            interval_ns=settings.tracking_flush_interval_ns,
+            fresh_nonce=secrets.token_bytes(16),
+            fresh_generation=uuid4(),
+        )
+        recovered = files.run_blocking(recovery.recover(identity, around))
+        shared.remove_others(recovered.area.nonce)
+        _remove_orphans(directory, recovered.catalogue)
+        return Image(directory, identity, settings, files, shared, recovered)
+    except BaseException as error:
+        shared.close()
+        files.close()
+        if isinstance(error, OSError):
+            where = error.filename or directory
+            raise Refused(f"{name}: cannot be opened: {where}: {error.strerror or error}") from error
+        raise
+
+
+def _lock_raw(name: str, files: Files, size_bytes: int) -> mrt.RawFacts:
+    try:
+        descriptor = files.descriptor(RAW)
+    except FileNotFoundError as error:
+        raise Damaged(f"{name}: {RAW} is missing; restore it from a backup") from error
+    qemu_locks.lock(descriptor, name)
+    facts = _settled_facts(files)
+    if facts.size_bytes != size_bytes:
+        raise Damaged(
+            f"{name}: {RAW} has {format_size(facts.size_bytes)}, {IMAGE_TOML} says {format_size(size_bytes)};"
+            " restore it from a backup"
+        )
+    return facts
+
+
+def _remove_orphans(directory: Path, catalogue: points.Catalogue) -> None:
+    """Interval files that no catalogue knows any more, and halves of small files."""
+    known = {segment.interval for segment in catalogue.segments}
+    for path in directory.iterdir():
+        number = interval.parse_file_name(path.name)
+        if (number is not None and number not in known) or (
+            path.name.startswith(".") and path.name.endswith(".tmp")
+        ):
+            path.unlink()

@@ -1,0 +1,190 @@
+"""Runs scripts (diskd.core.steps) on the real files of one directory, a whole script in one thread hop.
+
+Descriptors stay open until ``close``. A failed Sync is final: the kernel reports it once and forgets, so
+from then on every step on that file fails with EIO until the files are opened anew. Syncs of one file take
+turns, so that of two at once not only one learns of a failure.
+"""
+
+import ctypes
+import errno
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import trio
+
+from daemonkit import durable
+from diskd.core.steps import (
+    Allocate,
+    Punch,
+    Read,
+    Remove,
+    Replace,
+    Script,
+    Size,
+    Step,
+    Sync,
+    Truncate,
+    Write,
+)
+
+T = TypeVar("T")
+
+SCRIPT_THREADS_MAX: Final = 16
+_ZEROES: Final = bytes(1 << 20)
+KEEP_SIZE: Final = 0x01
+PUNCH_HOLE: Final = 0x02
+ZERO_RANGE: Final = 0x10
+_UNSUPPORTED: Final = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+
+_libc: Final = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+
+
+def fallocate(descriptor: int, mode: int, offset: int, length: int) -> None:
+    """fallocate(2), which os lacks. Raises OSError. Lets other threads run meanwhile."""
+    while _libc.fallocate(descriptor, mode, offset, length) != 0:
+        number = ctypes.get_errno()
+        if number != errno.EINTR:
+            raise OSError(number, os.strerror(number))
+
+
+def write_zeroes(descriptor: int, offset: int, length: int) -> None:
+    """Plain zeroes, where the file system can do nothing better."""
+    end = offset + length
+    while offset < end:
+        part = min(len(_ZEROES), end - offset)
+        durable.write_all(descriptor, memoryview(_ZEROES)[:part], offset)
+        offset += part
+
+
+def punch(descriptor: int, offset: int, length: int) -> None:
+    """Deallocate a range inside the file; zeroes are written where the file system cannot."""
+    try:
+        fallocate(descriptor, PUNCH_HOLE | KEEP_SIZE, offset, length)
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
+        end = min(offset + length, os.fstat(descriptor).st_size)
+        if end > offset:
+            write_zeroes(descriptor, offset, end - offset)
+
+
+def read_all(descriptor: int, offset: int, length: int) -> bytes:
+    """pread until ``length`` bytes or the end of the file."""
+    data = os.pread(descriptor, length, offset)
+    if len(data) == length:
+        return data
+    parts = [data]
+    while parts[-1] and (length := length - len(parts[-1])):
+        offset += len(parts[-1])
+        parts.append(os.pread(descriptor, length, offset))
+    return b"".join(parts)
+
+
+class Files:
+    """One directory's files. ``run_blocking`` may be called from several threads at once."""
+
+    def __init__(self, directory: Path, *, sync: Callable[[int], None] = os.fdatasync) -> None:
+        self.directory = directory
+        self._sync = sync
+        self._lock = threading.Lock()
+        self._descriptors: dict[str, int] = {}
+        self._sync_locks: dict[str, threading.Lock] = {}
+        self._failed: set[str] = set()
+        self._limiter = trio.CapacityLimiter(SCRIPT_THREADS_MAX)
+
+    async def run(self, script: Script[T]) -> T:
+        """The script's result. Raises what it raises: OSError of a step, or its own errors."""
+        return await trio.to_thread.run_sync(self.run_blocking, script, limiter=self._limiter)
+
+    def run_blocking(self, script: Script[T]) -> T:
+        """As ``run``, in this thread."""
+        try:
+            step = next(script)
+            while True:
+                try:
+                    result = self._step(step)
+                except OSError as error:
+                    if error.filename is None:
+                        error.filename = str(self.directory / step.file)
+                    step = script.throw(error)
+                else:
+                    step = script.send(result)
+        except StopIteration as stop:
+            value: T = stop.value
+            return value
+
+    def descriptor(self, name: str) -> int:
+        """The open descriptor of an existing file; valid until ``close``, Replace or Remove of it."""
+        return self._open(name, os.O_RDWR)
+
+    def sync(self, name: str) -> None:
+        """fdatasync; a failure is final for this file."""
+        descriptor = self.descriptor(name)
+        with self._lock:
+            lock = self._sync_locks.setdefault(name, threading.Lock())
+        with lock:
+            self._check(name)
+            try:
+                self._sync(descriptor)
+            except OSError:
+                self._failed.add(name)
+                raise
+
+    def close(self) -> None:
+        """Idempotent. No script may be running."""
+        with self._lock:
+            while self._descriptors:
+                os.close(self._descriptors.popitem()[1])
+
+    def _check(self, name: str) -> None:
+        if name in self._failed:
+            raise OSError(errno.EIO, "an earlier sync failed; reopen the image", str(self.directory / name))
+
+    def _open(self, name: str, flags: int) -> int:
+        self._check(name)
+        with self._lock:
+            descriptor = self._descriptors.get(name)
+            if descriptor is None:
+                path = self.directory / name
+                created = bool(flags & os.O_CREAT) and not path.exists()
+                descriptor = os.open(path, flags | os.O_CLOEXEC, 0o644)
+                self._descriptors[name] = descriptor
+                if created:
+                    durable.sync_directory(self.directory)
+            return descriptor
+
+    def _forget(self, name: str) -> None:
+        with self._lock:
+            descriptor = self._descriptors.pop(name, None)
+        if descriptor is not None:
+            os.close(descriptor)
+
+    def _step(self, step: Step) -> Any:
+        match step:
+            case Write(name, offset, data):
+                return durable.write_all(self._open(name, os.O_RDWR), data, offset)
+            case Read(name, offset, length):
+                return read_all(self._open(name, os.O_RDWR), offset, length)
+            case Sync(name):
+                return self.sync(name)
+            case Punch(name, offset, length):
+                return punch(self._open(name, os.O_RDWR), offset, length)
+            case Allocate(name, size):
+                return os.posix_fallocate(self._open(name, os.O_RDWR | os.O_CREAT), 0, size)
+            case Truncate(name, size):
+                return os.ftruncate(self._open(name, os.O_RDWR | os.O_CREAT), size)
+            case Replace(name, data):
+                self._forget(name)
+                return durable.replace_file(self.directory / name, data)
+            case Remove(name):
+                self._forget(name)
+                return durable.remove_file(self.directory / name)
+            case Size(name):
+                try:
+                    return os.stat(self.directory / name).st_size
+                except FileNotFoundError:
+                    return None

@@ -1,0 +1,146 @@
+"""One epoch's access to an image: a Device (ports.Device), handed out by ``Image.open_writer``.
+
+One write, in one step of the loop, without a wait between these:
+
+    check()            the writer's epoch is still the newest (S1), else Fenced
+    no hold in force   (a cut is being made, B1), else wait and start over
+    tracker.admit()    every region touched is durably open and the blocks are marked (T1),
+                       else open the regions (group commit) and start over
+    layer.write()      submitted
+"""
+
+from collections.abc import Callable
+from types import TracebackType
+from typing import Protocol
+
+import trio
+
+from diskd.core.ports import Allocation, Layer
+from diskd.core.tracker import REQUEST_BYTES_MAX, Tracker
+
+
+class Gate(Protocol):
+    """What a writer needs of its image."""
+
+    size_bytes: int
+    layer: Layer
+    tracker: Tracker
+    is_held: bool
+    last_io: float | None
+    writes: int
+
+    def require_working(self) -> None: ...
+    async def wait_unheld(self) -> None: ...
+    async def open_regions(self, offset: int, length: int) -> None: ...
+    async def sync_layer(self) -> None: ...
+    def write_done(self) -> None: ...
+
+
+class _Submitted:
+    """Counts a call from its submission to its end, for the writer, and for the hold if it changes data."""
+
+    def __init__(self, writer: "Writer", *, changes: bool) -> None:
+        self._writer = writer
+        self._changes = changes
+
+    def __enter__(self) -> None:
+        self._writer.submitted += 1
+        if self._changes:
+            self._writer.image.writes += 1
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        writer = self._writer
+        writer.submitted -= 1
+        if self._changes:
+            writer.image.writes -= 1
+            writer.image.write_done()
+        if not writer.submitted and writer.idle is not None:
+            writer.idle.set()
+
+
+class Writer:
+    """``check`` raises Fenced; it is called in the step of every submission and after every wait."""
+
+    def __init__(self, image: Gate, check: Callable[[], None]) -> None:
+        self.image = image
+        self.submitted = 0
+        self.idle: trio.Event | None = None
+        self._check = check
+
+    @property
+    def size_bytes(self) -> int:
+        return self.image.size_bytes
+
+    @property
+    def is_read_only(self) -> bool:
+        return False
+
+    def _begin(self) -> None:
+        self._check()
+        self.image.require_working()
+        self.image.last_io = trio.current_time()
+
+    async def _admitted(self, offset: int, length: int) -> None:
+        """Return in the very step in which the range was marked and may be submitted."""
+        image = self.image
+        while True:
+            self._begin()
+            if image.is_held:
+                await image.wait_unheld()
+            elif image.tracker.admit(offset, length):
+                return
+            else:
+                await image.open_regions(offset, length)
+
+    def read_nowait(self, offset: int, length: int) -> bytes | None:
+        self._begin()
+        return self.image.layer.read_nowait(offset, length)
+
+    async def read(self, offset: int, length: int) -> bytes:
+        self._begin()
+        with _Submitted(self, changes=False):
+            return await self.image.layer.read(offset, length)
+
+    def write_nowait(self, offset: int, data: bytes | memoryview) -> bool:
+        self._begin()
+        image = self.image
+        if image.is_held or not data or not image.tracker.admit(offset, len(data)):
+            return not data
+        return image.layer.write_nowait(offset, data)
+
+    async def write(self, offset: int, data: bytes | memoryview, *, fua: bool = False) -> None:
+        if data:
+            await self._admitted(offset, len(data))
+            with _Submitted(self, changes=True):
+                await self.image.layer.write(offset, data)
+        if fua:
+            await self.flush()
+
+    async def write_zeroes(
+        self, offset: int, length: int, *, may_trim: bool = True, fua: bool = False
+    ) -> None:
+        # In parts, so that a huge request neither holds up a cut nor exceeds the bound on open regions.
+        end = offset + length
+        while offset < end:
+            part = min(REQUEST_BYTES_MAX, end - offset)
+            await self._admitted(offset, part)
+            with _Submitted(self, changes=True):
+                await self.image.layer.write_zeroes(offset, part, may_trim=may_trim)
+            offset += part
+        if fua:
+            await self.flush()
+
+    async def trim(self, offset: int, length: int, *, fua: bool = False) -> None:
+        await self.write_zeroes(offset, length, may_trim=True, fua=fua)
+
+    async def flush(self) -> None:
+        self._begin()
+        with _Submitted(self, changes=False):
+            await self.image.sync_layer()
+
+    async def allocation(self, offset: int, length: int) -> list[Allocation]:
+        self._begin()
+        with _Submitted(self, changes=False):
+            return await self.image.layer.allocation(offset, length)
