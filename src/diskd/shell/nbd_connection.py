@@ -14,6 +14,7 @@ its replies (ESHUTDOWN among them) are sent, then the socket is closed; all that
 
 import errno
 import itertools
+import socket
 from collections import deque
 from typing import Final
 
@@ -49,8 +50,9 @@ log = structlog.get_logger("nbd")
 class Connection:
     """``run`` serves it to its end. ``reason`` says afterwards why it ended."""
 
-    def __init__(self, socket: trio.socket.SocketType, peer: str, catalog: ExportCatalog) -> None:
-        self._socket = socket
+    def __init__(self, sock: socket.socket, peer: str, catalog: ExportCatalog) -> None:
+        """``sock`` is a plain one that does not block: trio's would pass the scheduler on every call."""
+        self._socket = sock
         self._peer = peer
         self._catalog = catalog
         self._session = Session()
@@ -61,6 +63,7 @@ class Connection:
         self._send_lock = trio.Lock()
         self._unsent: deque[memoryview] = deque()
         self._batch_bytes = 0
+        self._breathe_at = 0.0
         self._in_flight = 0
         self._in_flight_bytes = 0
         self._room = trio.Event()
@@ -103,13 +106,18 @@ class Connection:
     # --- bytes
 
     async def _receive(self) -> bool:
-        """False at the end of the stream."""
-        count = await self._socket.recv_into(self._session.receive_buffer())
-        if count == 0:
-            self._session.finish()
-            return False
-        self._session.received(count)
-        return True
+        """False at the end of the stream. Does not yield where bytes are there already."""
+        while True:
+            try:
+                count = self._socket.recv_into(self._session.receive_buffer())
+            except BlockingIOError:
+                await trio.lowlevel.wait_readable(self._socket)
+                continue
+            if count == 0:
+                self._session.finish()
+                return False
+            self._session.received(count)
+            return True
 
     async def _flush(self) -> None:
         """Send everything that is to be sent. A peer that has gone costs nothing but its replies."""
@@ -131,8 +139,12 @@ class Connection:
             self._unsent.clear()
 
     async def _send_some(self) -> None:
-        """One sendmsg. What it did not take stays queued, also when it is cancelled."""
-        sent = await self._socket.sendmsg(list(itertools.islice(self._unsent, _BUFFERS_MAX)))
+        """One sendmsg, or a wait until one is possible. What it did not take stays queued."""
+        try:
+            sent = self._socket.sendmsg(list(itertools.islice(self._unsent, _BUFFERS_MAX)))
+        except BlockingIOError:
+            await trio.lowlevel.wait_writable(self._socket)
+            return
         while self._unsent and sent >= len(self._unsent[0]):
             sent -= len(self._unsent.popleft())
         if sent:
@@ -187,7 +199,6 @@ class Connection:
         session = self._session
         await self._flush()
         while True:
-            deadline = trio.current_time() + BATCH_SECONDS_MAX
             while (event := session.next_event()) is not None:
                 if isinstance(event, Ended):
                     self.reason = event.reason
@@ -195,13 +206,21 @@ class Connection:
                 assert isinstance(event, Request)
                 if not self._serve_in_place(event, device):
                     await self._begin(event, tasks, device)
-                if self._batch_bytes >= BATCH_BYTES_MAX or trio.current_time() >= deadline:
+                if self._batch_bytes >= BATCH_BYTES_MAX:
                     await self._flush()
-                    deadline = trio.current_time() + BATCH_SECONDS_MAX
+                await self._breathe()
             if session.has_output:
                 await self._flush()
             if not await self._receive():
                 return
+            await self._breathe()
+
+    async def _breathe(self) -> None:
+        """Once the time budget is used up: send what there is, and let others run."""
+        if trio.current_time() >= self._breathe_at:
+            await self._flush()
+            await trio.lowlevel.checkpoint()
+            self._breathe_at = trio.current_time() + BATCH_SECONDS_MAX
 
     def _serve_in_place(self, request: Request, device: Device) -> bool:
         """True when the request has been answered."""

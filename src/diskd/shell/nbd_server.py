@@ -72,11 +72,12 @@ class NbdServer:
             await trio.serve_listeners(self._accept, [listener], handler_nursery=outliving)
 
     async def _accept(self, stream: trio.SocketStream) -> None:
-        await self.serve_socket(stream.socket)
+        await self.serve_socket(socket.socket(fileno=stream.socket.detach()))
 
-    async def serve_socket(self, sock: trio.socket.SocketType) -> None:
+    async def serve_socket(self, sock: socket.socket) -> None:
         """Serve one connected socket to its end, and close it."""
         with sock:
+            sock.setblocking(False)
             peer = _peer_name(sock)
             if len(self._connections) >= self._connections_max:
                 log.warning("nbd.too_many_connections", peer=peer, limit=self._connections_max)
@@ -108,7 +109,7 @@ class NbdServer:
                 await self._changed.wait()
 
 
-def _peer_name(sock: trio.socket.SocketType) -> str:
+def _peer_name(sock: socket.socket) -> str:
     try:
         name = sock.getpeername()
     except OSError:
@@ -116,7 +117,7 @@ def _peer_name(sock: trio.socket.SocketType) -> str:
     return f"{name[0]}:{name[1]}" if isinstance(name, tuple) else "local"
 
 
-def _tune(sock: trio.socket.SocketType) -> None:
+def _tune(sock: socket.socket) -> None:
     if sock.family == socket.AF_UNIX:
         return
     with contextlib.suppress(OSError):
