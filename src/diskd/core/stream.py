@@ -328,10 +328,14 @@ class StreamDecoder:
         return Frame(frame, data)
 
     def _opening(self) -> ExportHeader | None:
-        view = memoryview(self._buffer)[self._taken :]
+        if self._buffer[:1] == bytes([FrameKind.ABORT]):
+            self._abort_at_once()
+            return None
+        view = memoryview(self._buffer)
         if len(view) < PREFIX.size:
             if not MAGIC.startswith(bytes(view[: len(MAGIC)])):
                 _refuse("this is not an export stream")
+            view.release()
             return None
         magic, version, length = PREFIX.unpack_from(view)
         if magic != MAGIC:
@@ -352,6 +356,16 @@ class StreamDecoder:
         self.opening = opening
         self._order = _Order(opening, header)
         return header
+
+    def _abort_at_once(self) -> None:
+        """A sender that cannot even begin says why in the first record."""
+        if len(self._buffer) < FRAME.size:
+            return
+        length = FRAME.unpack_from(self._buffer)[5]
+        if length > TEXT_BYTES_MAX:
+            _refuse("the reason for giving up is too long")
+        if len(self._buffer) >= FRAME.size + length:
+            raise StreamAborted(self._buffer[FRAME.size : FRAME.size + length].decode("utf-8", "replace"))
 
     def _frame_header(self, order: _Order, packed: bytes) -> FrameHeader | Trailer:
         number, reserved, disk, sequence, offset, length, digest = FRAME.unpack(packed)

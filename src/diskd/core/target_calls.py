@@ -1,4 +1,4 @@
-"""The calls of `diskd target`; diskd, diskctl and the target use the same definitions.
+"""The calls of `diskd target`, and diskd's own export; both daemons and diskctl use the same definitions.
 
 ``EXPORT`` and ``RESTORE`` are stream methods (daemonkit.rpc): after the answer the connection carries an
 export stream, to the target or from it (docs/formats/export-stream.md).
@@ -122,6 +122,14 @@ class SynthesizeReport:
     file_bytes: int
 
 
+@attrs.frozen
+class ExportRequest:
+    """One image of a diskd, in full or since a point, to the caller."""
+
+    image: str
+    since: str | None
+
+
 POINTS_OFFERED: Final = Method("target.points", VmName, OfferedPoints)
 SETTLE: Final = Method("target.settle", PointName, SettleReport)
 LIST: Final = Method("target.list", VmName, ListReport)
@@ -129,3 +137,4 @@ VERIFY: Final = Method("target.verify", PointFilter, VerifyReport)
 SYNTHESIZE: Final = Method("target.synthesize", PointName, SynthesizeReport)
 EXPORT: Final = Method("target.export", Nothing, Nothing)
 RESTORE: Final = Method("target.restore", PointName, Nothing)
+EXPORT_IMAGE: Final = Method("export.image", ExportRequest, Nothing)

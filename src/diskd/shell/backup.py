@@ -19,13 +19,14 @@ import structlog
 import trio
 
 from daemonkit.diskd_api import BACKUP_RUN, BackupDisk, BackupDiskReport, BackupReport, BackupRequest
+from daemonkit.errors import HoldfastError
 from daemonkit.ports import Address
 from daemonkit.rpc import Call, CallFailed, Client, Registry, connect
 from diskd.core import target_calls as calls
 from diskd.core.copy_plan import TargetPoint, choose_base, data_bytes
 from diskd.core.inventory import CONFIG_BYTES_MAX, DISKS_MAX, NAME_PATTERN
 from diskd.core.ports import FrozenVm
-from diskd.core.stream import is_point
+from diskd.core.stream import abort, is_point
 from diskd.errors import Refused
 from diskd.shell.export import ExportSession, prepare_blocking, source_points
 
@@ -54,7 +55,43 @@ def register_backup(registry: Registry, source: CheckpointSource, *, key: bytes 
     async def run(request: BackupRequest, call: Call) -> BackupReport:
         return await run_backup(source, request, report=call.progress, key=key)
 
+    async def export(request: calls.ExportRequest, _peer: str, stream: trio.abc.Stream) -> None:
+        await run_export(source, request, stream)
+
     registry.add(BACKUP_RUN, run)
+    registry.add_stream(calls.EXPORT_IMAGE, export)
+
+
+async def run_export(source: CheckpointSource, request: calls.ExportRequest, stream: trio.abc.Stream) -> None:
+    """``export.image``: the caller plays the target. Its point is kept once the caller has committed."""
+    try:
+        if not NAME_PATTERN.fullmatch(request.image):
+            raise Refused(f"{request.image[:80]!r} is not an image's name")
+        frozen = await source.begin_checkpoint(request.image, [BackupDisk(request.image, request.image)], "")
+    except (HoldfastError, OSError) as error:
+        reason = str(error)
+    else:
+        reason = await _export_frozen(frozen, request.since, stream)
+    if reason:
+        with trio.move_on_after(CONTACT_SECONDS_MAX):
+            await stream.send_all(abort(reason))
+            await stream.aclose()
+
+
+async def _export_frozen(frozen: FrozenVm, since: str | None, stream: trio.abc.Stream) -> str:
+    """Why it cannot even begin, or nothing. Failures in the middle are raised: the stream just ends."""
+    outcome: EndOutcome = "discard"
+    try:
+        try:
+            prepared = await trio.to_thread.run_sync(prepare_blocking, frozen, since)
+        except (HoldfastError, OSError) as error:
+            return str(error)
+        await ExportSession(prepared).run(stream)
+        outcome = "keep"
+    finally:
+        with trio.move_on_after(END_SECONDS_MAX, shield=True):
+            await frozen.end(outcome)
+    return ""
 
 
 def check_request(request: BackupRequest) -> None:

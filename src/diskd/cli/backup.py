@@ -1,0 +1,122 @@
+"""`diskctl backup`: freeze a VM's disks, send what changed to the target, keep the reference point."""
+
+import json
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import click
+
+from daemonkit.cli import ADDRESS
+from daemonkit.diskd_api import BACKUP_RUN, BackupDisk, BackupMode, BackupReport, BackupRequest
+from daemonkit.durable import read_small_file
+from daemonkit.errors import OperatorError, UsageError
+from daemonkit.ports import Address
+from daemonkit.schema import unstructure
+from daemonkit.units import format_size
+from diskd.cli.calling import SECONDS_UNBOUNDED, Diskd, pass_diskd
+from diskd.cli.progress import Progress
+
+
+@click.command()
+@click.option("--vm", required=True, help="Name of the VM, under which the target keeps it.")
+@click.option(
+    "--image", "images", multiple=True, metavar="NAME...", help="Its images; default: all of --config."
+)
+@click.argument("more", nargs=-1, metavar="")
+@click.option("--config", type=click.Path(path_type=Path), metavar="FILE",
+              help="The VM's file: kept with the backup; its [[disks]] give the disks' names.")  # fmt: skip
+@click.option("--target", type=ADDRESS, required=True, envvar="HOLDFAST_TARGET",
+              help="Where `diskd target` listens; HOLDFAST_TARGET stands for it.")  # fmt: skip
+@click.option("--full", is_flag=True, help="Everything, whatever the target has.")
+@click.option("--since", metavar="POINT", help="The changes since this reference point.")
+@click.option("--resume", is_flag=True, help="Go on with a sealed checkpoint: not built yet.")
+@click.option("--json", "as_json", is_flag=True, help="Lines of JSON: progress, and the result last.")
+@pass_diskd
+def backup(
+    diskd: Diskd,
+    vm: str,
+    images: tuple[str, ...],
+    more: tuple[str, ...],
+    config: Path | None,
+    target: Address,
+    full: bool,
+    since: str | None,
+    resume: bool,
+    as_json: bool,
+) -> None:
+    """Back up all disks of a VM as they are at one instant.
+
+    A full if the target has no point of this VM, else the changes since the newest point that both
+    sides hold; refused if there is none (then: --full). A failed backup loses nothing: the changes stay
+    tracked, and the VM does not notice.
+    """
+    wanted: list[tuple[BackupMode, bool]] = [
+        ("full", full),
+        ("since", since is not None),
+        ("resume", resume),
+    ]
+    modes = [mode for mode, chosen in wanted if chosen]
+    if len(modes) > 1:
+        raise UsageError("--full, --since and --resume exclude each other")
+    text = read_small_file(config).decode() if config else ""
+    request = BackupRequest(
+        vm=vm,
+        disks=disks_of(config, text, (*images, *more)),
+        config=text,
+        target=str(target),
+        mode=modes[0] if modes else "auto",
+        since=since,
+    )
+    progress = Progress(as_json)
+    try:
+        report = diskd.call(BACKUP_RUN, request, seconds_max=SECONDS_UNBOUNDED, on_progress=progress)
+    finally:
+        progress.finish()
+    if as_json:
+        print(json.dumps(unstructure(report)))
+    else:
+        _print(report)
+
+
+def disks_of(config: Path | None, text: str, images: tuple[str, ...]) -> list[BackupDisk]:
+    """Names from the VM's file where there is one; else a disk is named after its image."""
+    if config is None:
+        if not images:
+            raise UsageError("name the images (--image NAME...) or the VM's file (--config FILE)")
+        return [BackupDisk(image, image) for image in images]
+    try:
+        tables = tomllib.loads(text).get("disks", [])
+    except tomllib.TOMLDecodeError as error:
+        raise OperatorError(f"{config}: {error}") from error
+    named = [_disk_of(config, table) for table in tables] if isinstance(tables, list) else []
+    if not images:
+        if not named:
+            raise OperatorError(f"{config}: it has no [[disks]]; name the images with --image")
+        return named
+    by_image = {disk.image: disk for disk in named}
+    for image in images:
+        if image not in by_image:
+            raise OperatorError(f"{config}: none of its [[disks]] has the image {image}")
+    return [by_image[image] for image in images]
+
+
+def _disk_of(config: Path, table: Any) -> BackupDisk:
+    image = table.get("image") if isinstance(table, dict) else None
+    name = table.get("name", image) if isinstance(table, dict) else None
+    if not isinstance(image, str) or not isinstance(name, str):
+        raise OperatorError(f"{config}: each of [[disks]] has a name and an image")
+    return BackupDisk(name, image)
+
+
+def _print(report: BackupReport) -> None:
+    base = f" since {report.base}" if report.base else ""
+    click.echo(
+        f"{report.vm}: {report.kind} {report.point}{base}, {report.consistency}, {report.seconds:.1f} s"
+    )
+    for disk in report.disks:
+        exact = "" if disk.exact else ", not exact"
+        click.echo(
+            f"  {disk.image}: {format_size(disk.changed_bytes)} changed,"
+            f" {format_size(disk.sent_bytes)} sent{exact}"
+        )

@@ -1,0 +1,228 @@
+"""`diskctl target`: what is in a backup target's repository, whether it is good, and getting it back."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import click
+
+from daemonkit.cli import ADDRESS, call_once, print_json, run_async
+from daemonkit.errors import OperatorError
+from daemonkit.methods import Method
+from daemonkit.ports import Address
+from daemonkit.schema import unstructure
+from daemonkit.units import format_size
+from diskd.cli.calling import SECONDS_UNBOUNDED, Diskd, pass_diskd, print_table
+from diskd.cli.progress import Progress
+from diskd.core import target_calls as calls
+
+P = TypeVar("P")
+R = TypeVar("R")
+F = TypeVar("F", bound=Callable[..., Any])
+
+target_option = click.option(
+    "--target",
+    "address",
+    type=ADDRESS,
+    required=True,
+    envvar="HOLDFAST_TARGET",
+    help="Where `diskd target` listens; HOLDFAST_TARGET stands for it.",
+)
+json_lines = click.option("--json", "as_json", is_flag=True, help="Lines of JSON: progress, the result last.")
+
+
+@click.group()
+def target() -> None:
+    """Points at a backup target: list, verify, synthesize, restore.
+
+    \b
+    diskctl target list --target HOST:PORT
+    diskctl target restore web rp-... --to /srv/restored --target HOST:PORT
+    """
+
+
+def _call(
+    diskd: Diskd, address: Address, method: Method[P, R], params: P, *, progress: Progress | None = None
+) -> R:
+    try:
+        return run_async(
+            lambda: call_once(
+                address,
+                method,
+                params,
+                key=diskd.key,
+                seconds_max=SECONDS_UNBOUNDED if progress else 60.0,
+                on_progress=progress,
+            )
+        )
+    finally:
+        if progress:
+            progress.finish()
+
+
+@target.command("list")
+@click.argument("vm", required=False)
+@target_option
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@pass_diskd
+def list_(diskd: Diskd, vm: str | None, address: Address, as_json: bool) -> None:
+    """All points, oldest first within each VM."""
+    points = _call(diskd, address, calls.LIST, calls.VmName(vm)).points
+    if as_json:
+        print_json([unstructure(point) for point in points])
+        return
+    print_table(
+        ("VM", "POINT", "KIND", "BASE", "COMMITTED", "SIZE", ""),
+        [
+            (
+                point.vm,
+                point.point,
+                ("synthetic " if point.synthetic else "") + (point.kind or "-"),
+                point.base or "-",
+                point.committed_at or "-",
+                format_size(sum(disk.file_size for disk in point.disks)),
+                f"DAMAGED: {point.damaged}" if point.damaged else "",
+            )
+            for point in points
+        ],
+    )
+
+
+@target.command()
+@click.argument("vm", required=False)
+@click.argument("point", required=False)
+@target_option
+@json_lines
+@pass_diskd
+def verify(diskd: Diskd, vm: str | None, point: str | None, address: Address, as_json: bool) -> None:
+    """Read everything again and compare it with the manifests and with the source's digests.
+
+    Exit code 1 if anything is not as it was committed; each place is named.
+    """
+    progress = Progress(as_json)
+    report = _call(diskd, address, calls.VERIFY, calls.PointFilter(vm, point), progress=progress)
+    bad = [found for found in report.points if found.problems]
+    if as_json:
+        print(json.dumps(unstructure(report)))
+    else:
+        for found in report.points:
+            state = "DAMAGED" if found.problems else "good"
+            click.echo(f"{found.vm} {found.point}: {state}, {format_size(found.bytes_read)} read")
+            for problem in found.problems:
+                click.echo(f"  {problem}")
+    if bad:
+        raise OperatorError(
+            f"{len(bad)} of {len(report.points)} points are damaged, first: {bad[0].problems[0]};"
+            " take a full backup (diskctl backup --full)"
+        )
+
+
+@target.command()
+@click.argument("vm")
+@click.argument("point")
+@target_option
+@json_lines
+@pass_diskd
+def synthesize(diskd: Diskd, vm: str, point: str, address: Address, as_json: bool) -> None:
+    """Make a point a full of its own, from its chain, without touching the source.
+
+    The new files are verified before they take the place of the old ones.
+    """
+    progress = Progress(as_json)
+    report = _call(diskd, address, calls.SYNTHESIZE, calls.PointName(vm, point), progress=progress)
+    if as_json:
+        print(json.dumps(unstructure(report)))
+    elif report.was is None:
+        click.echo(f"{vm} {point} is a full already")
+    else:
+        click.echo(
+            f"{vm} {point} is a full now ({format_size(report.file_bytes)}), no longer on {report.was}"
+        )
+
+
+@target.command()
+@click.argument("vm")
+@click.argument("point")
+@click.option("--to", "directory", required=True, type=click.Path(path_type=Path), metavar="DIR",
+              help="Gets vm.toml and one file per disk; made where absent.")  # fmt: skip
+@click.option(
+    "--format", "disk_format", type=click.Choice(["raw", "qcow2"]), default="raw", show_default=True
+)
+@target_option
+@json_lines
+@pass_diskd
+def restore(
+    diskd: Diskd,
+    vm: str,
+    point: str,
+    directory: Path,
+    disk_format: Any,
+    address: Address,
+    as_json: bool,
+) -> None:
+    """Copy a point out of the repository into files here, verified while copying, sparse."""
+    from diskd.shell.restore import restore_point  # Kept out of --help's way.
+
+    progress = Progress(as_json=False)
+    try:
+        restored = run_async(
+            lambda: restore_point(
+                address,
+                calls.PointName(vm, point),
+                directory,
+                disk_format=disk_format,
+                key=diskd.key,
+                on_progress=lambda done: progress({"step": "restored", "size": format_size(done)}),
+            )
+        )
+    finally:
+        progress.finish()
+    if as_json:
+        result = {
+            "vm": vm,
+            "point": point,
+            "config": str(restored.config),
+            "disks": [
+                {"name": disk.name, "file": str(file), "virtual_size": disk.size_bytes}
+                for disk, file in zip(restored.header.disks, restored.files, strict=True)
+            ],
+            "data_bytes": restored.data_bytes,
+        }
+        print(json.dumps(result))
+        return
+    click.echo(f"{vm} {point}: {format_size(restored.data_bytes)} restored")
+    for file in (restored.config, *restored.files):
+        click.echo(f"  {file}")
+
+
+def _not_built(verb: str, instead: str) -> NoReturn:
+    raise OperatorError(f"target {verb} is not built yet; {instead}")
+
+
+_anything = {"ignore_unknown_options": True}
+
+
+@target.command(context_settings=_anything)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def prune(arguments: tuple[str, ...]) -> None:
+    """Remove points by age or number: not built yet."""
+    _not_built("prune", "synthesize the oldest point to keep, then remove older points' directories by hand")
+
+
+@target.command(context_settings=_anything)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def serve(arguments: tuple[str, ...]) -> None:
+    """Serve a point over NBD: not built yet."""
+    _not_built(
+        "serve", "run `qemu-nbd --read-only ROOT/VM/POINT/DISK.qcow2` at the target: it is plain qcow2"
+    )
+
+
+@target.command(context_settings=_anything)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def audit(arguments: tuple[str, ...]) -> None:
+    """Compare the live source with what the target would restore: not built yet."""
+    _not_built(
+        "audit", "compare with `qemu-img compare` against IMAGE:CHECKPOINT of `diskctl checkpoint begin`"
+    )

@@ -1,0 +1,150 @@
+"""`diskctl export`: an image's export stream into a file or pipe; the client plays the target.
+
+The file holds the stream as it came, so that whoever has it can verify and apply it with nothing else.
+"""
+
+import contextlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+import trio
+
+from daemonkit.durable import sync_directory
+from daemonkit.errors import OperatorError
+from daemonkit.frames import frame as frame_reply
+from daemonkit.ports import Address
+from daemonkit.rpc import connect
+from diskd.core import target_calls as calls
+from diskd.core.stream import (
+    Ack,
+    Committed,
+    ExportHeader,
+    Frame,
+    Ready,
+    Reply,
+    StreamDecoder,
+    Trailer,
+    Working,
+    encode_reply,
+)
+from diskd.errors import Refused
+
+WINDOW_BYTES: Final = 8 << 20
+SILENCE_SECONDS_MAX: Final = 120.0
+WORKING_SECONDS: Final = 2.0
+_RECEIVE_BYTES: Final = 1 << 20
+
+Progress = Callable[[int], None]
+
+
+class _Output:
+    """A file that gets its name at the end, or a pipe."""
+
+    def __init__(self, path: Path | None, pipe: int) -> None:
+        self._path = path
+        self._descriptor = pipe
+        if path is not None:
+            if path.exists():
+                raise Refused(f"{path} exists already; give another -o")
+            self._temporary = path.with_name(f".{path.name}.part")
+            self._descriptor = os.open(
+                self._temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644
+            )
+
+    def write(self, data: bytes | bytearray) -> None:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(self._descriptor, view) :]
+
+    def publish(self) -> None:
+        if self._path is not None:
+            os.fsync(self._descriptor)
+            os.rename(self._temporary, self._path)
+            sync_directory(self._path.parent)
+
+    def close(self) -> None:
+        if self._path is not None:
+            os.close(self._descriptor)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._temporary)
+
+
+async def export_image(
+    diskd: Address,
+    request: calls.ExportRequest,
+    path: Path | None,
+    *,
+    pipe: int,
+    key: bytes | None,
+    on_progress: Progress,
+) -> tuple[ExportHeader, Trailer]:
+    """Receive an export into ``path``, or into the descriptor ``pipe``. Raises OperatorError, OSError.
+
+    The point is kept at the source only once everything is verified and, in a file, durable.
+    """
+    output = await trio.to_thread.run_sync(_Output, path, pipe)
+    try:
+        async with connect(diskd, key=key) as client:
+            stream = await client.open_stream(calls.EXPORT_IMAGE, request)
+            return await _receive(stream, output, on_progress)
+    finally:
+        output.close()
+
+
+async def _receive(
+    stream: trio.abc.Stream, output: _Output, on_progress: Progress
+) -> tuple[ExportHeader, Trailer]:
+    decoder = StreamDecoder()
+    header: ExportHeader | None = None
+    frames = done = 0
+    while True:
+        data = await _some(stream, decoder)
+        decoder.feed(data)
+        events = list(iter(decoder.next_event, None))
+        await trio.to_thread.run_sync(_store, output, data, events)
+        for event in events:
+            if isinstance(event, ExportHeader):
+                header = event
+                await _say(stream, Ready(WINDOW_BYTES))
+            elif isinstance(event, Frame):
+                frames += 1
+                done += len(event.data)
+            elif header is not None:
+                await _say(stream, Working())
+                await trio.to_thread.run_sync(output.publish)
+                await _say(stream, Committed(header.point, event.digest.hex()))
+                return header, event
+        if events:
+            await _say(stream, Ack(frames, 0))
+            on_progress(done)
+
+
+def _store(output: _Output, data: bytes, events: list[ExportHeader | Frame | Trailer]) -> None:
+    for event in events:
+        if isinstance(event, Frame):
+            event.check()
+    output.write(data)
+
+
+async def _some(stream: trio.abc.Stream, decoder: StreamDecoder) -> bytes:
+    # A checkpoint may wait for an earlier merge before the first byte comes, so that takes any time.
+    limit = SILENCE_SECONDS_MAX if decoder.opening else float("inf")
+    try:
+        with trio.fail_after(limit):
+            data = await stream.receive_some(_RECEIVE_BYTES)
+    except trio.TooSlowError:
+        raise OperatorError(f"diskd said nothing for {limit:g} s") from None
+    except trio.BrokenResourceError:
+        raise OperatorError("the connection to diskd broke; its log says why") from None
+    if not data:
+        raise OperatorError("diskd ended the export in the middle; its log says why")
+    return bytes(data)
+
+
+async def _say(stream: trio.abc.Stream, reply: Reply) -> None:
+    try:
+        await stream.send_all(frame_reply(encode_reply(reply)))
+    except trio.BrokenResourceError:
+        raise OperatorError("the connection to diskd broke; its log says why") from None
