@@ -76,6 +76,7 @@ class Lab:
     @classmethod
     def load(cls, directory: Path) -> "Lab":
         """The lab in ``directory``, up or down. Raises OperatorError."""
+        directory = Path(os.path.abspath(directory))  # the processes have other working directories
         return cls(directory, state.read_state(directory))
 
     @property
