@@ -5,12 +5,15 @@ import click
 
 from daemonkit.cli import ADDRESS, print_json, read_key, run_main
 from daemonkit.ports import Address
+from diskd.cli.backup import backup
 from diskd.cli.calling import Diskd, json_option, pass_diskd
 from diskd.cli.checkpoints import checkpoint
 from diskd.cli.daemon import CONTROL_DEFAULT
+from diskd.cli.export import apply, export
 from diskd.cli.images import image
 from diskd.cli.leases import lease
 from diskd.cli.points import changes, point
+from diskd.cli.target import target
 from diskd.core import calls
 
 
@@ -20,13 +23,14 @@ from diskd.core import calls
 @click.option("--key", metavar="FILE", help="Cluster key; HOLDFAST_KEY_FILE stands for it.")
 @click.pass_context
 def group(context: click.Context, control: Address, key: str | None) -> None:
-    """Images, leases, reference points and checkpoints of a diskd.
+    """Images, leases, reference points, checkpoints and backups of a diskd.
 
     \b
-    diskctl image create web 10GiB                an image
-    diskctl lease acquire web --epoch 1 --holder n1/web
-    diskctl checkpoint begin --vm web --image web freeze it for a backup
-    diskctl changes web --since rp-...            what changed since a reference point
+    diskctl image create web 10GiB                      an image
+    diskctl lease acquire web --epoch 1 --holder n1/web who may write to it
+    diskctl backup --vm web --image web --target HOST:PORT
+    diskctl changes web --since rp-...                  what changed since a reference point
+    diskctl checkpoint begin --vm web --image web       freeze it, for backups that pull
 
     Exit code 0: done; 1: refused or failed, with one line that says what to do; 2: usage.
     """
@@ -48,7 +52,7 @@ def status(diskd: Diskd, as_json: bool) -> None:
         click.echo(f"  {name}")
 
 
-for command in (image, lease, point, changes, checkpoint):
+for command in (image, lease, point, changes, checkpoint, backup, target, export, apply):
     group.add_command(command)
 
 

@@ -8,6 +8,7 @@ from daemonkit.cli import ADDRESS, print_json, read_key, run_async, run_main
 from daemonkit.errors import OperatorError
 from daemonkit.log import LEVELS, set_up
 from daemonkit.ports import Address
+from diskd.cli.target_daemon import target
 
 # 10809 is NBD's registered port; the control port is its neighbour.
 NBD_DEFAULT = "127.0.0.1:10809"
@@ -22,6 +23,7 @@ def group() -> None:
     diskd run --root /srv/disks            serve the images under /srv/disks
     diskctl image create web 10GiB         make one
     qemu-io nbd://127.0.0.1:10809/web      use it
+    diskd target --root /srv/backups       where backups go (another machine)
 
     One JSON line on stdout says when it serves, and where; the log goes to stderr.
     """
@@ -86,6 +88,9 @@ def nbd(arguments: tuple[str, ...]) -> None:
     raise OperatorError(
         "diskd nbd is not built yet: serve a socket instead, with diskd run --nbd-socket PATH"
     )
+
+
+group.add_command(target)
 
 
 def main() -> None:
