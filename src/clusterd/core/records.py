@@ -186,7 +186,9 @@ class Assignment:
 
 @attrs.frozen
 class Run:
-    """What the owner observes of the run of this epoch."""
+    """What the owner observes of the run of this epoch. ``leased``: how many disks it has leased so far.
+    ``seen_epoch``: a newer epoch that a diskd showed, when a lease was refused. ``counts``: a failure of the
+    VM's own, which counts against its restarts; not one that the cluster caused."""
 
     node: str
     epoch: int
@@ -194,7 +196,9 @@ class Run:
     boot_id: str
     pid: int | None = None
     reason: str = ""
+    leased: int = 0
     seen_epoch: int = 0
+    counts: bool = True
 
 
 KINDS: Final[dict[str, type]] = {

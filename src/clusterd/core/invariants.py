@@ -1,0 +1,87 @@
+"""Rules of DESIGN section 4 that can be seen from one node, checked on what it is about to do.
+
+The simulator asserts them after every step; what takes a view of the whole cluster (one writer per image,
+one live run of a VM without disks) is checked by the simulated world itself.
+"""
+
+from clusterd.core import quarantine, records
+from clusterd.core.effects import Ready, SpawnRun, WriteStore
+from clusterd.core.membership import admission, standing
+from clusterd.core.node import NodeCore
+from clusterd.core.state import decode_state
+from clusterd.core.types import Admission, VmState
+from daemonkit.errors import InvariantBroken
+
+
+def _broken(core: NodeCore, rule: str, text: str) -> InvariantBroken:
+    return InvariantBroken(f"{rule} on {core.identity.name} at {core.desk.now}: {text}")
+
+
+def check_ready(core: NodeCore, ready: Ready) -> None:
+    """What one Ready may contain. Raises InvariantBroken."""
+    for effect in ready.act:
+        if isinstance(effect, SpawnRun):
+            _check_spawn(core, ready, effect)
+        elif isinstance(effect, WriteStore):
+            _check_write(core, effect)
+
+
+def _check_spawn(core: NodeCore, ready: Ready, effect: SpawnRun) -> None:
+    vm = effect.config.name
+    if ready.persist is None:
+        raise _broken(core, "S7", f"{vm} is spawned without a durable intent")
+    intent = decode_state(ready.persist.document).intents.get(vm)
+    if intent is None or intent.epoch != effect.epoch:
+        raise _broken(core, "S7", f"{vm}@{effect.epoch} is spawned, but its intent is {intent}")
+    if not core.desk.store_known:
+        raise _broken(core, "S3", f"{vm} is spawned while the store is unknown")
+    run = core.desk.view.run(vm)
+    if run is None or run.epoch != effect.epoch or run.state != "starting":
+        raise _broken(core, "S2", f"{vm}@{effect.epoch} is spawned, but its run is recorded as {run}")
+    if run.leased < len(effect.config.disks):
+        raise _broken(core, "S2", f"{vm}@{effect.epoch} is spawned with {run.leased} leases")
+
+
+def _check_write(core: NodeCore, effect: WriteStore) -> None:
+    prefix, view = core.desk.view.prefix, core.desk.view
+    guards = {compare.key[len(prefix) :] for compare in effect.compares}
+    for put in effect.puts:
+        key = put.key[len(prefix) :]
+        if key.endswith("/assignment"):
+            if not {"leader", key, key.replace("/assignment", "/run")} <= guards:
+                raise _broken(core, "S2", f"{key} is written unguarded")
+            if standing(core.desk) == "minority":
+                raise _broken(core, "S3", f"{key} is written from a minority")
+            new = records.decode_record(records.Assignment, key, put.value)
+            old = view.record(key, records.Assignment)
+            if new.action == "run" and (old is None or new.epoch > old.epoch):
+                _check_start(core, key, new)
+        elif key.endswith("/run") and not {key, key.replace("/run", "/assignment")} <= guards:
+            raise _broken(core, "S2", f"{key} is written unguarded")
+
+
+def _check_start(core: NodeCore, key: str, new: records.Assignment) -> None:
+    if new.epoch <= core.desk.view.epoch():
+        raise _broken(core, "S1", f"{key} gets the epoch {new.epoch}, which has been handed out before")
+    if core.desk.view.presence(new.owner) is None:
+        raise _broken(core, "S4", f"{key} goes to {new.owner}, whose presence is gone")
+    if admission(core.desk, new.owner) is not Admission.NORMAL:
+        raise _broken(core, "S4", f"{key} goes to {new.owner}, which is not admitted")
+
+
+def check_core(core: NodeCore) -> None:
+    """What must be true of a node's own picture at any time. Raises InvariantBroken."""
+    nodes = core.nodes.current
+    if core.leader.is_in_office:
+        inside = sum(1 for record in nodes.values() if record.quarantine_elapsed_ns is not None)
+        if inside > max(quarantine.cap(core.desk.properties, len(nodes)), 0) and core.desk.view.members():
+            before = sum(1 for name in nodes if core.desk.view.node(name).quarantine_elapsed_ns is not None)
+            if inside > before:
+                raise _broken(core, "S5", f"{inside} nodes are quarantined")
+    for run in core.owner.live():
+        assignment = core.desk.view.assignment(run.vm)
+        ours = assignment is not None and assignment.owner == core.identity.name
+        if assignment is None or not ours or assignment.epoch != run.epoch:
+            continue
+        if core.chronicle.vm_state(run.vm) in (VmState.OFFLINE, VmState.FAILED):
+            raise _broken(core, "S6", f"{run.vm} is shown as ended while it runs here")

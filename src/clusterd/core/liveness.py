@@ -1,0 +1,189 @@
+"""Evidence of life, and the rule of contact.
+
+Theory of operation. Every node has a counter (incarnation, sequence) that advances with each heartbeat.
+A counter that advanced, whether heard directly or read in another node's rows, is evidence that its node
+lived. Evidence is *fresh* while it is younger, on the receiver's clock, than the isolation time.
+
+Contact with B holds while the evidence of B is fresh, *unless* B's own heartbeats arrive and show that
+B's evidence of us, by any route, is stale. So one cut link, or one direction of it, isolates nobody as
+long as somebody relays; and where nobody does, both ends come to the same verdict, even if only one
+direction is cut.
+
+What B knows of us it says in its rows: our own (incarnation, sequence). We remember when we sent which
+sequence; the age of the newest acknowledged one is the age of B's evidence.
+
+A stall of our own loop says nothing about the others: ``shift`` moves all evidence by it.
+"""
+
+from typing import Final
+
+import attrs
+
+from clusterd.core.messages import Heartbeat, Row, peer_id
+
+UNKNOWN: Final = (0, 0)
+SENT_KEPT_FACTOR: Final = 2  # acknowledgements older than this many isolation times say nothing new
+
+
+@attrs.define
+class Peer:
+    """What is known of one other node. Times are on our clock; None: never."""
+
+    name: str
+    counter: tuple[int, int] = UNKNOWN
+    advanced_at: int | None = None
+    direct_counter: tuple[int, int] = UNKNOWN
+    direct_at: int | None = None
+    networks: dict[str, int] = attrs.field(factory=dict)
+    acknowledged_at: int | None = None  # when we sent the newest of ours that it has
+    hears_leader: bool = False
+    hears: dict[str, tuple[tuple[int, int], int]] = attrs.field(factory=dict)
+    in_contact: bool = False
+    met: bool = False  # has been in contact since this clusterd began
+
+
+@attrs.define
+class Contacts:
+    """The liveness detector of one node."""
+
+    name: str
+    incarnation: int
+    isolation_ns: int
+    peers: dict[str, Peer]
+    sequence: int = 0
+    sent: dict[int, int] = attrs.field(factory=dict)
+    own_id: int = 0
+    names: dict[int, str] = attrs.field(factory=dict)
+
+    @classmethod
+    def of(cls, name: str, incarnation: int, peers: tuple[str, ...], isolation_ns: int) -> "Contacts":
+        """A detector that knows nobody yet."""
+        ids = {peer_id(peer): peer for peer in peers if peer != name}
+        members = {peer: Peer(peer) for peer in sorted(ids.values())}
+        return cls(name, incarnation, isolation_ns, members, own_id=peer_id(name), names=ids)
+
+    def beat(self, now: int, hears_leader: bool) -> Heartbeat:
+        """The next heartbeat to send; remembers when it was sent."""
+        self.sequence += 1
+        self.sent[self.sequence] = now
+        horizon = now - SENT_KEPT_FACTOR * self.isolation_ns
+        while self.sent and next(iter(self.sent.values())) < horizon:
+            del self.sent[next(iter(self.sent))]
+        rows = {
+            identifier: Row(peer.counter[0], peer.counter[1], peer.hears_leader)
+            for identifier, peer in ((i, self.peers[n]) for i, n in self.names.items())
+            if peer.counter != UNKNOWN
+        }
+        return Heartbeat(self.name, self.incarnation, self.sequence, hears_leader, rows)
+
+    def heard(self, heartbeat: Heartbeat, network: str, now: int) -> bool:
+        """Take in a heartbeat. False: it is older or repeated, or from nobody we know, and was ignored
+        (a repetition over a second network is still remembered as a sign of that network)."""
+        peer = self.peers.get(heartbeat.node)
+        counter = (heartbeat.incarnation, heartbeat.sequence)
+        if peer is None:
+            return False
+        if counter == peer.direct_counter:
+            peer.networks[network] = now
+        if counter <= peer.direct_counter:
+            return False
+        peer.networks[network] = now
+        peer.direct_counter, peer.direct_at = counter, now
+        peer.hears_leader = heartbeat.hears_leader
+        if counter > peer.counter:
+            peer.counter, peer.advanced_at = counter, now
+        for identifier, row in heartbeat.rows.items():
+            if identifier == self.own_id:
+                self._acknowledged(peer, row)
+            else:
+                self._relayed(peer, identifier, row, now)
+        return True
+
+    def _acknowledged(self, peer: Peer, row: Row) -> None:
+        if row.incarnation == self.incarnation:
+            sent_at = self.sent.get(row.sequence)
+            if sent_at is not None and (peer.acknowledged_at is None or sent_at > peer.acknowledged_at):
+                peer.acknowledged_at = sent_at
+
+    def _relayed(self, by: Peer, identifier: int, row: Row, now: int) -> None:
+        name = self.names.get(identifier)
+        if name is None or name == by.name:
+            return
+        counter = (row.incarnation, row.sequence)
+        if counter > by.hears.get(name, (UNKNOWN, 0))[0]:
+            by.hears[name] = (counter, now)
+        peer = self.peers[name]
+        if counter > peer.counter:
+            peer.counter, peer.advanced_at = counter, now
+
+    def newer_self(self, heartbeat: Heartbeat) -> int | None:
+        """The incarnation to jump above, if somebody knows a newer us than we are: our state file was
+        restored from an older copy, or somebody else uses our name."""
+        row = heartbeat.rows.get(self.own_id)
+        if row is None or (row.incarnation, row.sequence) <= (self.incarnation, self.sequence):
+            return None
+        return row.incarnation
+
+    def is_fresh(self, at: int | None, now: int) -> bool:
+        """Whether evidence of that time counts now."""
+        return at is not None and now < at + self.isolation_ns
+
+    def judge(self, peer: Peer, now: int) -> bool:
+        """The rule of contact (DESIGN "Contact")."""
+        if not self.is_fresh(peer.advanced_at, now):
+            return False
+        if self.is_fresh(peer.direct_at, now):
+            return self.is_fresh(peer.acknowledged_at, now)
+        return True
+
+    def evaluate(self, now: int) -> list[Peer]:
+        """Judge every peer; those whose contact changed, in name order."""
+        changed = []
+        for peer in self.peers.values():
+            verdict = self.judge(peer, now)
+            if verdict != peer.in_contact:
+                peer.in_contact = verdict
+                peer.met = peer.met or verdict
+                changed.append(peer)
+        return changed
+
+    def gained(self, now: int) -> bool:
+        """Whether evidence that has just come may have brought somebody back: cheap, for every datagram."""
+        return any(not peer.in_contact and self.judge(peer, now) for peer in self.peers.values())
+
+    def next_expiry(self) -> int | None:
+        """When the first contact may end. Evidence that comes meanwhile makes it later, never earlier."""
+        expiries = []
+        for peer in self.peers.values():
+            if peer.in_contact:
+                ends = [peer.advanced_at]
+                if peer.direct_at is not None and peer.acknowledged_at is not None:
+                    ends.append(peer.acknowledged_at)
+                expiries.append(min(at for at in ends if at is not None) + self.isolation_ns)
+        return min(expiries, default=None)
+
+    def shift(self, duration_ns: int) -> None:
+        """Our own loop stood still: evidence could not arrive, so it is younger than it looks."""
+        for peer in self.peers.values():
+            if peer.advanced_at is not None:
+                peer.advanced_at += duration_ns
+            if peer.direct_at is not None:
+                peer.direct_at += duration_ns
+            if peer.acknowledged_at is not None:
+                peer.acknowledged_at += duration_ns
+        self.sent = {sequence: at + duration_ns for sequence, at in self.sent.items()}
+
+    def reachability(self, now: int) -> dict[str, dict[str, str]]:
+        """Who hears whom: ``both``, ``in`` (the row's node hears the column's), ``out``, ``none``."""
+
+        def hears(a: str, b: str) -> bool:
+            if a == self.name:
+                return self.is_fresh(self.peers[b].direct_at, now)
+            if b == self.name:
+                return self.is_fresh(self.peers[a].acknowledged_at, now)
+            row = self.peers[a].hears.get(b)
+            return row is not None and self.is_fresh(row[1], now)
+
+        everybody = sorted([self.name, *self.peers])
+        words = {(True, True): "both", (True, False): "in", (False, True): "out", (False, False): "none"}
+        return {a: {b: words[hears(a, b), hears(b, a)] for b in everybody if b != a} for a in everybody}

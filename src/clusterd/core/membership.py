@@ -1,0 +1,139 @@
+"""What the state of each node is, seen from this one: evidence, presence and goodbyes put together.
+
+Theory of operation. *Liveness* has four values:
+
+    joining   heard, but without presence key, or with runs taken from it that it may not have stopped
+    up        in contact, present in the store, and settled: every run taken from it has been stopped
+    isolated  no contact: this node's own verdict, shown at once
+    down      no contact, and the leader recorded that its last finite window ended, or it said ``leave``
+
+*Admission* is what operators and the leader allow: normal, paused, quarantined, leaving. The one word
+``state`` shows down before isolated before admission before liveness.
+
+Of ourselves we say ``isolated`` when we are in contact with no majority of the members, unless the store
+answers us and says that no larger side is alive.
+"""
+
+from typing import Literal
+
+from clusterd.core import records
+from clusterd.core.desk import Desk
+from clusterd.core.types import Admission, Liveness
+
+Standing = Literal["majority", "tie", "minority"]
+
+
+def in_contact(desk: Desk, node: str) -> bool:
+    """Contact by evidence; with ourselves always."""
+    if node == desk.name:
+        return True
+    peer = desk.contacts.peers.get(node)
+    return peer is not None and peer.in_contact
+
+
+def is_lost(desk: Desk, node: str) -> bool:
+    """No contact, and not merely because this clusterd has just begun to listen."""
+    if in_contact(desk, node):
+        return False
+    peer = desk.contacts.peers.get(node)
+    listened = desk.now >= desk.started_at + desk.properties.isolation_ns
+    return listened or (peer is not None and peer.met)
+
+
+def goodbye(desk: Desk, node: str) -> records.Goodbye | None:
+    """The node's goodbye, if it is still about the incarnation that we last knew."""
+    said = desk.view.record(f"goodbyes/{node}", records.Goodbye)
+    if said is None:
+        return None
+    peer = desk.contacts.peers.get(node)
+    known = desk.state.incarnation if node == desk.name else (peer.counter[0] if peer else 0)
+    return said if known <= said.incarnation else None
+
+
+def is_settled(desk: Desk, node: str) -> bool:
+    """Whether the node has stopped every run that was taken from it, by its own word in the store."""
+    presence = desk.view.presence(node)
+    return presence is not None and presence.settled >= desk.view.mod(f"moves/{node}")
+
+
+def liveness(desk: Desk, node: str) -> Liveness:
+    """Evidence and store put together; see the header."""
+    if node == desk.name:
+        if desk.is_self_isolated:
+            return Liveness.ISOLATED
+        return Liveness.UP if is_settled(desk, node) else Liveness.JOINING
+    if in_contact(desk, node):
+        return Liveness.UP if is_settled(desk, node) else Liveness.JOINING
+    if not is_lost(desk, node):
+        return Liveness.JOINING
+    said = goodbye(desk, node)
+    window = desk.view.node(node).window
+    if (said is not None and said.kind == "leave") or (window is not None and window.ended):
+        return Liveness.DOWN
+    return Liveness.ISOLATED
+
+
+def admission(desk: Desk, node: str) -> Admission:
+    """What the store says the node may do."""
+    member = desk.view.record(f"members/{node}", records.Member)
+    if member is not None and member.admission == "leaving":
+        return Admission.LEAVING
+    if desk.view.node(node).quarantine_elapsed_ns is not None:
+        return Admission.QUARANTINED
+    if member is not None and member.admission == "paused":
+        return Admission.PAUSED
+    return Admission.NORMAL
+
+
+def state_word(live: Liveness, admitted: Admission) -> str:
+    """The one word shown: down before isolated before admission before liveness."""
+    shown: Liveness | Admission = live
+    if live not in (Liveness.DOWN, Liveness.ISOLATED) and admitted is not Admission.NORMAL:
+        shown = admitted
+    return str(shown.value)
+
+
+def why_not_placed(desk: Desk, node: str) -> str:
+    """S4: why nothing may be placed on this node now, or an empty text."""
+    if desk.view.presence(node) is None:
+        return "its presence key is gone"
+    live, admitted = liveness(desk, node), admission(desk, node)
+    if live is Liveness.UP and admitted is Admission.NORMAL:
+        return ""
+    return f"is {state_word(live, admitted)}"
+
+
+def counted_members(desk: Desk) -> list[str]:
+    """Members that count for majorities: quarantined and leaving ones take part in nothing."""
+    return [
+        name
+        for name in desk.view.members()
+        if admission(desk, name) not in (Admission.QUARANTINED, Admission.LEAVING)
+    ]
+
+
+def standing(desk: Desk) -> Standing:
+    """Our side among the members whose presence key is alive. Not being one of them is a minority.
+
+    A leaving or quarantined node decides nothing, unless no counted member is alive at all: then somebody
+    has to be able to end the quarantine or the leave."""
+    alive = [name for name in counted_members(desk) if desk.view.presence(name) is not None]
+    if not alive:
+        alive = [name for name in desk.view.members() if desk.view.presence(name) is not None]
+    if desk.name not in alive:
+        return "minority"
+    ours = sum(1 for name in alive if in_contact(desk, name))
+    if 2 * ours > len(alive):
+        return "majority"
+    return "tie" if 2 * ours == len(alive) else "minority"
+
+
+def judge_self(desk: Desk) -> bool:
+    """Whether we are isolated ourselves."""
+    members = counted_members(desk)
+    ours = sum(1 for name in members if in_contact(desk, name) or not is_lost(desk, name))
+    if desk.name not in members:  # not counted, but the verdict is about the others' majority all the same
+        members, ours = [*members, desk.name], ours + 1
+    if len(members) <= 1 or 2 * ours > len(members):
+        return False
+    return not (desk.store_known and standing(desk) != "minority")

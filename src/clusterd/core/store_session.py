@@ -1,0 +1,244 @@
+"""The node's dealings with the store: periodic linearizable reads, its session, guarded writes.
+
+Theory of operation. The store is *known* while its last answer was usable and came from our own store: the
+id remembered durably, an epoch counter and a revision that did not go back (S6). Every failure, of whatever
+shape, makes it *unknown* until the next good read; while it is unknown nothing is written and nothing is
+decided (S3). A write that a guard refused means that our picture is old: the next write waits for a fresh
+read.
+
+    unknown --good read--> known --failure | foreign, empty or older store--> unknown
+
+A write has a *token*; at most one write per token is open. The result is found in the picture afterwards
+(level-triggered): whoever wants a record to be so compares and writes again.
+"""
+
+from typing import Any, Final
+
+import attrs
+
+from clusterd.core import effects, events, records
+from clusterd.core.desk import Desk
+from clusterd.core.types import EventName
+from clusterd.errors import Refused, StoreUnknown
+from daemonkit.units import MILLISECOND, SECOND
+
+READ_INTERVAL_NS_MIN: Final = 100 * MILLISECOND
+READ_INTERVAL_NS_MAX: Final = SECOND
+KEEPALIVES_PER_SESSION: Final = 4
+
+Token = tuple[str, ...]
+
+
+@attrs.frozen
+class OpenWrite:
+    token: Token
+    puts: tuple[tuple[str, Any, int], ...]
+    deletes: tuple[str, ...]
+
+
+@attrs.define
+class StoreSession:
+    desk: Desk
+    reading: int | None = None
+    reading_since_revision: int = 0
+    next_read_at: int = 0
+    is_stale: bool = False  # a guard refused: read before writing again
+    session_request: int | None = None
+    session_asked_at: int = 0
+    keep_at: int = 0
+    writes: dict[int, OpenWrite] = attrs.field(factory=dict)
+    is_foreign: bool = False
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether decisions may be based on the picture and written."""
+        return self.desk.store_known and not self.is_stale
+
+    @property
+    def read_interval_ns(self) -> int:
+        interval = self.desk.properties.heartbeat_interval_ns
+        return min(max(interval, READ_INTERVAL_NS_MIN), READ_INTERVAL_NS_MAX)
+
+    def tick(self) -> None:
+        """Ask what is due to be asked."""
+        desk = self.desk
+        if self.reading is None and (desk.now >= self.next_read_at or self.is_stale):
+            self.reading = desk.request()
+            self.reading_since_revision = desk.view.revision
+            self.next_read_at = desk.now + self.read_interval_ns
+            desk.act(effects.ReadStore(self.reading))
+        if self.session_request is None and desk.now >= self.keep_at:
+            if desk.lease is not None:
+                self.session_request = desk.request()
+                desk.act(effects.KeepSession(self.session_request, desk.lease))
+            elif desk.store_known:
+                self.session_request = desk.request()
+                desk.act(effects.GrantSession(self.session_request, desk.properties.store_session_ns))
+            self.session_asked_at = desk.now
+            self.keep_at = desk.now + self._keep_interval_ns()
+        desk.wake(self.next_read_at)
+        desk.wake(max(self.keep_at, desk.now + MILLISECOND))
+
+    def _keep_interval_ns(self) -> int:
+        session = self.desk.properties.store_session_ns // KEEPALIVES_PER_SESSION
+        return session if self.desk.lease is not None else min(session, self.read_interval_ns)
+
+    # -- answers
+
+    def snapshot(self, event: events.StoreSnapshot) -> bool:
+        """A full read arrived; whether the picture changed or became known."""
+        if event.request != self.reading:
+            return False
+        self.reading = None
+        desk = self.desk
+        if event.revision < desk.view.revision and event.revision >= self.reading_since_revision:
+            self.next_read_at = desk.now  # it was overtaken by one of our own writes
+            return False
+        try:
+            self._check_identity(event)
+            changed = desk.view.replace(event.revision, event.entries)
+        except (StoreUnknown, Refused) as error:
+            self._unknown(str(error))
+            return True
+        was_known, was_stale = desk.store_known, self.is_stale
+        self.is_stale = False
+        self._known()
+        return changed or not was_known or was_stale
+
+    def _check_identity(self, event: events.StoreSnapshot) -> None:
+        """S6: raises StoreUnknown for a store that is empty, older or another one's."""
+        desk, found, newest = self.desk, None, 0
+        for entry in event.entries:
+            if entry.key == desk.view.prefix + "id":
+                found = records.decode_record(records.ClusterId, "id", entry.value).id
+            elif entry.key == desk.view.prefix + "epoch":
+                newest = records.decode_record(records.EpochCounter, "epoch", entry.value).epoch
+        known = desk.state.store_id
+        remedy = "it is not used until an operator restores the right one"
+        if known is not None and found is None:
+            self._foreign(f"the store is empty, but this node knows the cluster {known}: {remedy}")
+        if known is not None and found != known:
+            self._foreign(f"the store belongs to the cluster {found}, not to {known}: {remedy}")
+        since = max(self.reading_since_revision, desk.state.revision_seen)
+        if known is not None and (newest < desk.state.epoch_seen or event.revision < since):
+            self._foreign(
+                f"the store is an older copy (epoch {newest} of {desk.state.epoch_seen}, "
+                f"revision {event.revision} of {since}): {remedy}"
+            )
+        if found is not None and known is None:
+            desk.remember(store_id=found)
+        self.is_foreign = False
+
+    def _foreign(self, reason: str) -> None:
+        if not self.is_foreign:
+            self.desk.note(EventName.STORE_FOREIGN, reason=reason)
+        self.is_foreign = True
+        raise StoreUnknown(reason)
+
+    def written(self, event: events.StoreWritten) -> tuple[Token, bool] | None:
+        """A write was answered: its token and whether it succeeded; then the picture has it."""
+        write = self.writes.pop(event.request, None)
+        if write is None:
+            return None
+        if not event.succeeded:
+            self.is_stale = True
+            return write.token, False
+        for key, record, lease in write.puts:
+            self.desk.view.wrote(key, record, event.revision, lease)
+        for key in write.deletes:
+            self.desk.view.deleted(key, event.revision)
+        return write.token, True
+
+    def granted(self, event: events.SessionGranted) -> bool:
+        if event.request != self.session_request:
+            return False
+        self.session_request = None
+        self.desk.lease = event.lease
+        self.desk.lease_good_until = self.session_asked_at + self.desk.properties.store_session_ns
+        self.keep_at = self.session_asked_at + self._keep_interval_ns()
+        return True
+
+    def kept(self, event: events.SessionKept) -> bool:
+        """Whether the session was found to be gone."""
+        if event.request != self.session_request:
+            return False
+        self.session_request = None
+        if event.alive:
+            self.desk.lease_good_until = self.session_asked_at + self.desk.properties.store_session_ns
+            return False
+        self.desk.lease = None
+        self.keep_at = self.desk.now
+        return True
+
+    def failed(self, event: events.StoreFailed) -> bool:
+        """No usable answer; whether it was an answer to an open request."""
+        if event.request == self.reading:
+            self.reading = None
+        elif event.request == self.session_request:
+            self.session_request = None
+            self.keep_at = self.desk.now + self.read_interval_ns
+        elif self.writes.pop(event.request, None) is None:
+            return False
+        self._unknown(event.reason)
+        return True
+
+    def _unknown(self, reason: str) -> None:
+        desk = self.desk
+        desk.store_reason = reason
+        # The next read waits its turn: a store in trouble is not helped by being asked at once.
+        self.next_read_at = max(self.next_read_at, desk.now + self.read_interval_ns // 2)
+        if desk.store_known:
+            desk.store_known = False
+            desk.note(EventName.STORE_UNKNOWN, reason=reason)
+
+    def _known(self) -> None:
+        desk = self.desk
+        if not desk.store_known:
+            desk.store_known, desk.store_reason = True, ""
+            desk.note(EventName.STORE_KNOWN, revision=desk.view.read_revision)
+
+    # -- writes
+
+    def is_writing(self, *token: str) -> bool:
+        """Whether a write of this token is open."""
+        return any(write.token == token for write in self.writes.values())
+
+    def write(
+        self,
+        token: Token,
+        compares: list[effects.Compare],
+        puts: list[tuple[str, Any]],
+        deletes: tuple[str, ...] = (),
+        leased: tuple[str, ...] = (),
+    ) -> bool:
+        """Open one guarded transaction. ``leased``: keys put under our session. False: not now."""
+        desk = self.desk
+        if not self.is_usable or self.is_writing(*token):
+            return False
+        if leased and desk.lease is None:
+            return False
+        request = desk.request()
+        leases = dict.fromkeys(leased, desk.lease or 0)
+        kept = tuple((key, record, leases.get(key, 0)) for key, record in puts)
+        prefix = desk.view.prefix
+        desk.act(
+            effects.WriteStore(
+                request,
+                tuple(attrs.evolve(compare, key=prefix + compare.key) for compare in compares),
+                tuple(
+                    effects.Put(prefix + key, records.encode_record(record), lease)
+                    for key, record, lease in kept
+                ),
+                tuple(prefix + key for key in deletes),
+            )
+        )
+        self.writes[request] = OpenWrite(token, kept, deletes)
+        return True
+
+    def same(self, *keys: str) -> list[effects.Compare]:
+        """Guards: these keys are as our picture has them."""
+        return [effects.Compare(key, "mod", self.desk.view.mod(key)) for key in keys]
+
+    def leading(self) -> list[effects.Compare]:
+        """The guard of every decision of the leader: it still is the one it was."""
+        return [effects.Compare("leader", "create", self.desk.view.create("leader"))]
