@@ -21,7 +21,7 @@ from diskd.core.extents import PageMap, page_map, set_range, union_in_place
 from diskd.core.geometry import Geometry, Identity
 from diskd.core.points import Catalogue
 from diskd.core.shared import SharedArea, SharedMemory, create_area, open_area
-from diskd.core.steps import Read, Replace, Script, Size
+from diskd.core.steps import Read, Replace, Script, Size, Sync
 from diskd.errors import Damaged
 
 How = Literal["clean", "daemon_crash", "power_loss", "new_generation"]
@@ -69,6 +69,7 @@ class _Found:
 def recover(identity: Identity, around: Surroundings) -> Script[Recovered]:
     """Open an image's tracking. Raises OSError (a file that cannot be read or written, no shared memory)."""
     header: mrt.Header | None = None
+    yield from _settle()
     try:
         header = yield from mrt.load_header(identity)
         found = yield from _load(identity, header)
@@ -83,6 +84,14 @@ def recover(identity: Identity, around: Surroundings) -> Script[Recovered]:
     if area is not None:
         return (yield from _resume(identity, around, found, area))
     return (yield from _from_disk(identity, around, found))
+
+
+def _settle() -> Script[None]:
+    """Make durable what a crashed daemon left in the page cache. Whatever is read below is relied upon (a page
+    is not written again, a region may close), so a later power loss must not take it back."""
+    for name in (rct.FILE, mrt.FILE):
+        if (yield Size(name)) is not None:
+            yield Sync(name)
 
 
 def _load(identity: Identity, header: mrt.Header) -> Script[_Found]:

@@ -460,6 +460,8 @@ def _open_blocking(directory: Path, settings: ImageSettings) -> Image:
     shared = SharedDirectory(settings.shared_dir, identity.uuid)
     try:
         facts = _lock_raw(name, files, identity.geometry.size_bytes)
+        # A crashed daemon may have renamed and not come to this; recovery relies on what it reads.
+        durable.sync_directory(directory)
         around = recovery.Surroundings(
             memory=shared,
             boot_id=boot_id,

@@ -233,6 +233,10 @@ class SimDisk:
         file = self._existing(name)
         return self._read(file, 0, file.size)
 
+    def content(self, name: str) -> dict[int, bytes]:
+        """The sectors that are not zero, by number, without a step."""
+        return {index: data for index, data in self._existing(name).sectors.items() if data != _ZERO}
+
     def poke(self, name: str, offset: int, data: bytes) -> None:
         """Damage a file, durably, without a step."""
         file = self._existing(name)

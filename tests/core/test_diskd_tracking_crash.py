@@ -1,0 +1,120 @@
+"""T1, T2, T3 in the simulator: a crash at every step of everything, and again during recovery."""
+
+from random import Random
+
+import pytest
+
+from diskd.sim.disk import Crashed
+from diskd.sim.image import SimImage
+
+KINDS = ("daemon", "power")
+
+
+def prepared(seed: int) -> SimImage:
+    """An image with some history: two valid points and writes around them."""
+    image = SimImage(Random(seed))
+    for _ in range(2):
+        for _ in range(3):
+            image.spawn(image.random_write())
+        image.settle()
+        image.spawn(image.cut())
+        image.settle()
+    return image
+
+
+def begin_story(image: SimImage) -> None:
+    """Everything at once: writes, flushes of both kinds, a cut, a cancelled cut, the deletion of a point."""
+    rng = image.rng
+    for _ in range(10):
+        image.spawn(image.random_write())
+    tasks = [
+        image.flush(),
+        image.flush(),
+        image.sync(),
+        image.cut(),
+        image.cut(cancel=True),
+        image.cut(confirm=rng.random() < 0.5),
+        image.delete(rng.choice(sorted(image.confirmed))),
+    ]
+    for task in rng.sample(tasks, rng.randint(3, len(tasks))):
+        image.spawn(task)
+
+
+def crash(image: SimImage, kind: str) -> None:
+    if kind == "power":
+        image.disk.power_loss()
+    else:
+        image.disk.daemon_crash()
+
+
+def recovered(image: SimImage, kind: str, crashes: int) -> str:
+    """Recover, crashing up to so many times on the way; how the last recovery went."""
+    for _ in range(crashes):
+        image.disk.crash_in = image.rng.randrange(12)
+        try:
+            image.power_on()
+        except Crashed:
+            crash(image, kind)
+        image.disk.crash_in = None
+    return image.power_on().how
+
+
+def run_story(seed: int, crash_at: int | None, kind: str) -> int:
+    """One history with a crash before step ``crash_at``. The number of steps it had."""
+    image = prepared(seed)
+    before = image.disk.steps
+    image.disk.crash_in = crash_at
+    try:
+        begin_story(image)
+        image.settle()
+        image.spawn(image.close())
+        image.settle()
+    except Crashed:
+        pass
+    steps = image.disk.steps - before
+    crash(image, kind)
+    how = recovered(image, kind, crashes=image.rng.randrange(3))
+    assert how in (("daemon_crash", "clean") if kind == "daemon" else ("power_loss", "clean"))
+    image.check()
+    if kind == "daemon":
+        image.check_complete()
+    # Life goes on, and the next crash finds everything again.
+    for _ in range(4):
+        image.spawn(image.random_write())
+    image.spawn(image.flush())
+    image.settle()
+    image.check()
+    crash(image, image.rng.choice(KINDS))
+    image.power_on()
+    image.check()
+    return steps
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("seed", range(1, 7))
+def test_a_crash_at_every_step(seed: int, kind: str) -> None:
+    steps = run_story(seed, None, kind)
+    assert steps > 30
+    for crash_at in range(steps):
+        run_story(seed, crash_at, kind)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_crashes_in_many_histories(kind: str) -> None:
+    for seed in range(100, 180):
+        run_story(seed, Random(seed).randrange(90), kind)
+
+
+@pytest.mark.slow
+def test_without_a_crash_every_answer_is_exact() -> None:
+    for seed in range(200, 230):
+        image = prepared(seed)
+        begin_story(image)
+        image.settle()
+        image.check_complete()
+        image.spawn(image.close())
+        image.settle()
+        assert image.power_on().how == "clean"
+        image.check_complete()
