@@ -242,8 +242,7 @@ def _unpack(packed: Cells) -> Cells:
 
 def _pack(states: Cells) -> Cells:
     four = states.reshape(-1, 4)
-    packed: Cells = four[:, 0] | (four[:, 1] << 2) | (four[:, 2] << 4) | (four[:, 3] << 6)
-    return packed
+    return (four[:, 0] | (four[:, 1] << 2) | (four[:, 2] << 4) | (four[:, 3] << 6)).astype(np.uint8)
 
 
 def clear_in_sector(cells: bytes, index: int, blocks: Iterable[int]) -> bytes:
@@ -285,7 +284,11 @@ def final_sync(file: str) -> Script[None]:
 
 
 def create(head: Head) -> Script[None]:
-    """Durably make an empty AVHD. The head comes last: without it nothing of this counts."""
+    """Durably make an empty AVHD. The head comes last: without it nothing of this counts.
+
+    Leftovers of an earlier one (all of it merged, its removal interrupted) go first, head before map.
+    """
+    yield from remove()
     yield Truncate(DATA_FILE, head.size_bytes)
     yield Truncate(MAP_FILE, head.sectors * SECTOR_BYTES)
     nothing = bytes(_CELL_BYTES)

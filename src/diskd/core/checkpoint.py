@@ -42,7 +42,7 @@ from diskd.core.inventory import (
     HeldBy,
     Outcome,
 )
-from diskd.core.steps import Read, Remove, Replace, Script, Size, Sync, Write
+from diskd.core.steps import Read, Remove, Replace, Script, Size, Sync, Truncate, Write
 from diskd.errors import Damaged, Refused
 
 State = Literal["preparing", "sealed", "ending", "merging", "pending", "gone"]
@@ -176,6 +176,7 @@ def _is_well_formed(record: Record) -> bool:
 
 def reserve() -> Script[None]:
     """Write the flag's space in full, before anything may need it (B2)."""
+    yield Truncate(INVALID_FILE, _FLAG_BYTES)
     yield Write(INVALID_FILE, 0, bytes(_FLAG_BYTES))
     yield Sync(INVALID_FILE)
 

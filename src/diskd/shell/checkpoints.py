@@ -1,0 +1,498 @@
+"""Carries out core.checkpoint over the open images: fork, seal, invalidate, end, settle, merge, recover.
+
+Order of a begin (B1): record, AVHDs and maps and the next bitmaps durable; hold every disk's writes; one
+step in memory switches all bitmaps and layers; let go; the frozen bitmaps and parents durable; seal. Of an
+end: the outcome durable; points settled; answered; merged behind; the record goes last.
+"""
+
+import contextlib
+import secrets
+import time
+from collections.abc import Container, Mapping
+from pathlib import Path
+from typing import Final
+
+import structlog
+import trio
+
+from daemonkit.diskd_api import BackupDisk
+from daemonkit.durable import sync_directory
+from daemonkit.errors import HoldfastError
+from daemonkit.units import SECOND
+from diskd.core import checkpoint
+from diskd.core.checkpoint import Record, RecordDisk
+from diskd.core.inventory import (
+    CONFIG_BYTES_MAX,
+    DISKS_MAX,
+    CheckpointInfo,
+    HeldBy,
+    Outcome,
+    check_name,
+)
+from diskd.errors import NoSuchPoint, Refused
+from diskd.shell.files import Files
+from diskd.shell.forks import Forks, left_behind
+from diskd.shell.frozen import FrozenImage
+from diskd.shell.held import Held, Invalidate, StandingCheckpoint, describe
+from diskd.shell.open_image import OpenImage
+from diskd.shell.overlay import OverlayLayer
+
+log = structlog.get_logger()
+
+CONSISTENCY: Final = "crash"  # no quiesce hook runs; a guest's journal makes it whole again
+# Undoing a begin is a few small durable steps; beyond this the next start does it.
+_UNDO_SECONDS: Final = 30.0
+
+
+class Checkpoints:
+    """All checkpoints under ROOT/checkpoints. ``images`` looks an open image up (raises Refused)."""
+
+    def __init__(
+        self,
+        directory: Path,
+        images: Mapping[str, OpenImage],
+        forks: Forks,
+        resume_timeout_ns: int,
+        *,
+        nursery_that_outlives_calls: trio.Nursery,
+    ) -> None:
+        self._directory = directory
+        self._images = images
+        self._resume_timeout_ns = resume_timeout_ns
+        self._forks = forks
+        self._nursery = nursery_that_outlives_calls
+        self._held: dict[str, Held] = {}
+        self._beginning: dict[str, str] = {}  # "vm NAME" and "image NAME": checkpoint id
+        self._changed = trio.Event()
+
+    # --- looking ---------------------------------------------------------------------------------------
+
+    def infos(self) -> list[CheckpointInfo]:
+        """Every record, oldest first."""
+        found = sorted(self._held.values(), key=lambda held: held.record.created_ns)
+        return [describe(held) for held in found]
+
+    def find(self, identifier: str) -> Held:
+        """Raises Refused."""
+        held = self._held.get(identifier)
+        if held is None:
+            raise Refused(f"there is no checkpoint {identifier}")
+        return held
+
+    def frozen(self, identifier: str) -> StandingCheckpoint:
+        """Raises Refused unless it stands."""
+        held = self.find(identifier)
+        if held.record.state != "sealed":
+            raise Refused(f"checkpoint {identifier} is {held.record.state}: its frozen view has ended")
+        return StandingCheckpoint(self, held)
+
+    def frozen_disk(self, image: str, identifier: str) -> FrozenImage:
+        """What IMAGE:CHECKPOINT opens. Raises Refused."""
+        self.frozen(identifier)
+        for disk in self._held[identifier].disks.values():
+            if disk.image == image:
+                return disk
+        raise Refused(f"checkpoint {identifier} has no image {image}")
+
+    def pending(self, vm: str) -> list[str]:
+        """Points of the VM whose acknowledgement was lost, oldest first."""
+        found = [held.record for held in self._held.values() if held.record.is_pending]
+        return [r.point for r in sorted(found, key=lambda r: r.created_ns) if r.vm == vm]
+
+    def exports(self, image: str) -> list[str]:
+        """The export names of an image's standing frozen views."""
+        infos = (describe(held) for held in self._held.values())
+        return [info.exports[image] for info in infos if image in info.exports]
+
+    def using(self, image: str) -> str | None:
+        """The checkpoint that an image belongs to until it is merged."""
+        for held in self._held.values():
+            if image in held.images and held.record.state not in ("pending", "gone"):
+                return held.record.checkpoint
+        return self._beginning.get(f"image {image}")
+
+    # --- begin -----------------------------------------------------------------------------------------
+
+    async def begin(
+        self, vm: str, disks: list[BackupDisk], config: str, held_by: HeldBy
+    ) -> StandingCheckpoint:
+        """Library.begin_checkpoint."""
+        images = self._check_request(vm, disks, config)
+        identifier = f"cp-{secrets.token_hex(8)}"
+        claims = [f"vm {vm}", *(f"image {name}" for name in images)]
+        for claim in claims:
+            if claim in self._beginning:
+                raise Refused(f"checkpoint {self._beginning[claim]} of {claim} is just beginning")
+        self._refuse_standing(vm, images)
+        self._beginning.update(dict.fromkeys(claims, identifier))
+        try:
+            while any(image.overlay is not None for image in images.values()):
+                await self._changed.wait()
+            return await self._begin(identifier, vm, disks, config, held_by, images)
+        finally:
+            for claim in claims:
+                del self._beginning[claim]
+
+    def _check_request(self, vm: str, disks: list[BackupDisk], config: str) -> dict[str, OpenImage]:
+        check_name("a VM", vm)
+        if not 0 < len(disks) <= DISKS_MAX:
+            raise Refused(f"a checkpoint has 1 to {DISKS_MAX} disks")
+        if len(config.encode()) > CONFIG_BYTES_MAX:
+            raise Refused(f"the VM's configuration is larger than {CONFIG_BYTES_MAX} bytes")
+        images: dict[str, OpenImage] = {}
+        for disk in disks:
+            check_name("a disk", disk.name)
+            if disk.image not in self._images:
+                raise Refused(f"there is no open image {disk.image!r}")
+            images[disk.image] = self._images[disk.image]
+        if len(images) != len(disks) or len({disk.name for disk in disks}) != len(disks):
+            raise Refused("every disk of a checkpoint has a name and an image of its own")
+        return dict(sorted(images.items()))  # one order for all, so that two holds cannot wait for each other
+
+    def _refuse_standing(self, vm: str, images: Mapping[str, OpenImage]) -> None:
+        for held in self._held.values():
+            if held.record.is_standing and (
+                held.record.vm == vm or not images.keys().isdisjoint(held.images)
+            ):
+                raise Refused(
+                    f"checkpoint {held.record.checkpoint} of VM {held.record.vm} is held "
+                    f"({held.record.held_by}): end it first (diskctl checkpoint end {held.record.checkpoint})"
+                )
+
+    async def _begin(
+        self,
+        identifier: str,
+        vm: str,
+        disks: list[BackupDisk],
+        config: str,
+        held_by: HeldBy,
+        images: dict[str, OpenImage],
+    ) -> StandingCheckpoint:
+        uuids = {name: str(image.image.uuid) for name, image in images.items()}
+        record = Record(
+            identifier,
+            vm,
+            f"rp-{secrets.token_hex(8)}",
+            held_by,
+            CONSISTENCY,
+            time.time_ns(),
+            config,
+            [RecordDisk(disk.name, disk.image, uuids[disk.image]) for disk in disks],
+        )
+        held = Held(record, await self._make_directory(identifier), images)
+        self._held[identifier] = held
+        try:
+            await held.files.run(checkpoint.reserve())
+            await held.files.run(checkpoint.persist(record))
+            await self._fork(held)
+            for image in images.values():
+                await image.image.persist_cut()
+                if image.overlay is not None:
+                    image.overlay.parent_is_synced = True
+            async with held.lock:
+                if held.invalid:
+                    raise Refused("the checkpoint was invalidated while it began: an AVHD cannot take writes")
+                await self._persist(held, checkpoint.advance(held.record, "sealed"))
+        except OSError as error:
+            await self._undo(held)
+            raise Refused(f"the checkpoint cannot begin: {error}") from error
+        except BaseException:
+            await self._undo(held)
+            raise
+        log.info("checkpoint.sealed", checkpoint=identifier, vm=vm, point=record.point)
+        return StandingCheckpoint(self, held)
+
+    async def _make_directory(self, identifier: str) -> Files:
+        path = self._directory / identifier
+
+        def make() -> None:
+            path.mkdir()
+            sync_directory(self._directory)
+
+        try:
+            await trio.to_thread.run_sync(make)
+        except OSError as error:
+            raise Refused(f"the checkpoint cannot begin: {error}") from error
+        return Files(path)
+
+    async def _fork(self, held: Held) -> None:
+        """AVHDs, maps and bitmaps first; then the cut of all disks in one step under the hold."""
+        overlays: dict[str, OverlayLayer] = {}
+        try:
+            for name, image in held.images.items():
+                await image.image.prepare_cut()
+                overlays[name] = await self._forks.make(
+                    image, held.record.checkpoint, self._invalidator(held)
+                )
+            disks = {disk.image: disk.name for disk in held.record.disks}
+            async with contextlib.AsyncExitStack() as stack:
+                for image in held.images.values():
+                    await stack.enter_async_context(image.image.held())
+                # From here to the end of the hold nothing waits, and nothing can fail half-way.
+                for name, image in held.images.items():
+                    image.image.freeze(held.record.point)
+                    image.image.layer = image.overlay = overlays[name]
+                    image.checkpoint = held.record.checkpoint
+                    held.disks[disks[name]] = FrozenImage(image.image, overlays[name], held.record.point)
+        except BaseException:
+            with trio.move_on_after(_UNDO_SECONDS, shield=True):
+                for name, overlay in overlays.items():
+                    if held.images[name].overlay is not overlay:
+                        await overlay.dispose()
+            raise
+
+    async def _undo(self, held: Held) -> None:
+        """A begin failed: as if it had not been tried. What cannot be done now, the next start does."""
+        with trio.move_on_after(_UNDO_SECONDS, shield=True):
+            for image in held.images.values():
+                with contextlib.suppress(OSError, HoldfastError):
+                    await image.image.cancel_cut()
+            async with held.lock:
+                ended = checkpoint.advance(held.record, "end", "discard")
+                with contextlib.suppress(OSError):
+                    await held.files.run(checkpoint.persist(ended))
+                held.record = ended
+                self._start_merging(held, "the checkpoint could not begin")
+            await self._settle(held)
+
+    # --- invalidation (B2) -----------------------------------------------------------------------------
+
+    def _invalidator(self, held: Held) -> Invalidate:
+        async def invalidate(reason: str) -> None:
+            async with held.lock:
+                if held.record.is_standing and not held.invalid:
+                    await held.files.run(checkpoint.invalidate(held.record))
+                    held.invalid = True
+                    log.warning("checkpoint.invalid", checkpoint=held.record.checkpoint, reason=reason)
+                self._start_merging(held, reason)
+
+        return invalidate
+
+    def _start_merging(self, held: Held, reason: str) -> None:
+        """The frozen view has ended, durably: parents may change."""
+        for disk in held.disks.values():
+            disk.end(reason)
+        for name, image in held.images.items():
+            overlay = image.overlay
+            if overlay is None or overlay.head.checkpoint != held.record.checkpoint or name in held.merging:
+                continue
+            overlay.start_merging()
+            held.merging.add(name)
+            self._nursery.start_soon(self._merge, held, image, overlay)
+
+    async def _merge(self, held: Held, image: OpenImage, overlay: OverlayLayer) -> None:
+        try:
+            await self.merge_image(image, overlay)
+        except (OSError, HoldfastError) as error:
+            # The entries stand and the AVHD is read on; the next start of the image merges again.
+            log.error("merge.failed", image=image.name, reason=str(error))  # noqa: TRY400 - one line, no trace
+            return
+        held.merging.discard(image.name)
+        await self._finish(held)
+
+    async def merge_image(self, image: OpenImage, overlay: OverlayLayer) -> None:
+        """Return when the image is on its parent alone and the AVHD is gone."""
+        while True:
+            await overlay.run_merge()
+            async with image.image.held():
+                if overlay.map.entries == 0:
+                    image.image.layer = image.image.raw
+                    break
+        await overlay.dispose()
+        image.overlay = image.checkpoint = None
+        log.info("merge.done", image=image.name)
+        self._notify()
+
+    # --- end and settle (B3) ---------------------------------------------------------------------------
+
+    async def end(self, identifier: str, outcome: Outcome) -> None:
+        """FrozenVm.end. Once the outcome is durable it is carried out, whoever stops waiting."""
+        held = self.find(identifier)
+        async with held.lock:
+            if held.record.state == "preparing":
+                raise Refused(f"checkpoint {identifier} is still beginning")
+            if held.record.state != "ending" or held.record.outcome != outcome:
+                await self._persist(held, checkpoint.advance(held.record, "end", outcome))
+            self._start_merging(held, "the checkpoint has ended")
+        await self._settle_for_sure(held)
+
+    async def settle(self, vm: str, point: str, *, committed: bool) -> None:
+        """FrozenVm.settle. Raises Refused for a point that is not pending."""
+        for held in self._held.values():
+            if held.record.point == point and held.record.vm == vm and held.record.is_pending:
+                break
+        else:
+            raise Refused(f"point {point} of VM {vm} is not pending")
+        outcome: Outcome = "keep" if committed else "discard"
+        async with held.lock:
+            await self._persist(held, checkpoint.advance(held.record, "settle", outcome))
+        await self._settle_for_sure(held)
+
+    async def _settle_for_sure(self, held: Held) -> None:
+        errors: list[Exception] = []
+        done = trio.Event()
+
+        async def settle() -> None:
+            try:
+                await self._settle(held)
+            except (OSError, HoldfastError) as error:
+                errors.append(error)
+            finally:
+                done.set()
+
+        self._nursery.start_soon(settle)
+        await done.wait()
+        if errors:
+            raise Refused(f"checkpoint {held.record.checkpoint} cannot end: {errors[0]}") from errors[0]
+
+    async def _settle(self, held: Held) -> None:
+        """Carry the outcome out on every image's points; done again after a crash."""
+        record = held.record
+        if held.incomplete:
+            return
+        for image in held.images.values():
+            with contextlib.suppress(NoSuchPoint):  # deleted by hand, or of a generation that has ended
+                if record.outcome == "keep":
+                    await image.image.validate_point(record.point)
+                elif record.outcome == "discard":
+                    await image.image.delete_point(record.point)
+        async with held.lock:
+            if held.record.state == "ending":
+                await self._persist(held, checkpoint.advance(held.record, "points_settled"))
+                log.info("checkpoint.ended", checkpoint=record.checkpoint, outcome=record.outcome)
+        await self._finish(held)
+
+    async def _finish(self, held: Held) -> None:
+        """Where nothing is left to merge, the record is: gone, or pending."""
+        async with held.lock:
+            if held.record.state != "merging" or held.merging or held.incomplete:
+                return
+            merged = checkpoint.advance(held.record, "merged")
+            await self._persist(held, merged)
+            if merged.state == "gone":
+                held.files.close()
+                del self._held[held.record.checkpoint]
+                with contextlib.suppress(OSError):
+                    (self._directory / held.record.checkpoint).rmdir()
+        self._notify()
+
+    async def _persist(self, held: Held, record: Record) -> None:
+        with trio.CancelScope(shield=True):  # one small file: a half-told change is worse than the wait
+            await held.files.run(checkpoint.persist(record))
+        held.record = record
+
+    # --- start and stop --------------------------------------------------------------------------------
+
+    async def recover(self, closed: Container[str]) -> dict[str, str]:
+        """Take up what the records say (B6). Every image is open, and has no writer yet.
+
+        ``closed``: images that exist, but are damaged or released. Returns those that must not be served,
+        with the reason: the caller closes them.
+        """
+        records = await self._load()
+        refused: dict[str, str] = {}
+        for image in list(self._images.values()):
+            try:
+                await self._attach(image, records)
+            except (OSError, HoldfastError) as error:
+                refused[image.name] = str(error)
+        for held in records:
+            for disk in held.record.disks:
+                if disk.image in refused:
+                    held.images.pop(disk.image, None)
+                if disk.image in refused or disk.image in closed:
+                    held.incomplete = True
+            await self._resume(held)
+        self._merge_orphans()
+        return refused
+
+    async def attach(self, image: OpenImage) -> None:
+        """The same for one image opened later. A record that lacked it is finished at the next start."""
+        await self._attach(image, list(self._held.values()))
+        owner = self._held.get(image.checkpoint or "")
+        if owner is not None:
+            owner.images[image.name] = image
+            if owner.invalid or not owner.record.is_standing:
+                self._start_merging(owner, "the image was opened late")
+        elif image.overlay is not None:
+            image.overlay.start_merging()
+            self._nursery.start_soon(self._merge_orphan, image, image.overlay)
+
+    async def _load(self) -> list[Held]:
+        found: list[Held] = []
+        for path in sorted(self._directory.iterdir()):
+            files = Files(path)
+            loaded = await files.run(checkpoint.load())
+            if loaded is None:  # begun, but its record never was; or gone, but for the directory
+                files.close()
+                for leftover in path.iterdir():
+                    leftover.unlink()
+                path.rmdir()
+                continue
+            record, invalid = loaded
+            images = {
+                disk.image: self._images[disk.image]
+                for disk in record.disks
+                if disk.image in self._images and str(self._images[disk.image].image.uuid) == disk.uuid
+            }
+            found.append(Held(record, files, images, invalid=invalid))
+            self._held[record.checkpoint] = found[-1]
+        return found
+
+    async def _attach(self, image: OpenImage, records: list[Held]) -> None:
+        """Put a left-behind AVHD over its parent again."""
+        head = await left_behind(image)
+        if head is not None:
+            owners = [held for held in records if held.record.checkpoint == head.checkpoint]
+            invalidate = self._invalidator(owners[0]) if owners else _nothing_to_invalidate
+            overlay = await self._forks.attach(image, head, invalidate)
+            image.image.layer = image.overlay = overlay
+            image.checkpoint = head.checkpoint
+
+    async def _resume(self, held: Held) -> None:
+        decision = checkpoint.recover(held.record, invalid=held.invalid)
+        if decision.standing:
+            for disk in held.record.disks:
+                image = held.images.get(disk.image)
+                if image is not None and image.overlay is not None:
+                    held.disks[disk.name] = FrozenImage(image.image, image.overlay, held.record.point)
+            self._nursery.start_soon(self._expire, held)
+            return
+        if decision.end is not None:
+            await self._persist(held, checkpoint.advance(held.record, "end", decision.end))
+        self._start_merging(held, "the daemon was restarted")
+        if held.record.state == "ending":
+            await self._settle(held)
+        await self._finish(held)
+
+    def _merge_orphans(self) -> None:
+        """AVHDs whose checkpoint has no record any more: nobody waits for them, but their bytes count."""
+        for image in self._images.values():
+            overlay = image.overlay
+            if overlay is not None and overlay.head.checkpoint not in self._held:
+                overlay.start_merging()
+                self._nursery.start_soon(self._merge_orphan, image, overlay)
+
+    async def _merge_orphan(self, image: OpenImage, overlay: OverlayLayer) -> None:
+        with contextlib.suppress(OSError):  # a failed sync: the image answers EIO, and says why
+            await self.merge_image(image, overlay)
+
+    async def _expire(self, held: Held) -> None:
+        await trio.sleep(self._resume_timeout_ns / SECOND)
+        if held.record.is_standing:
+            log.warning("checkpoint.expired", checkpoint=held.record.checkpoint)
+            with contextlib.suppress(Refused):
+                await self.end(held.record.checkpoint, "discard")
+
+    def close(self) -> None:
+        """Let go of the records' files; the last thing at a stop."""
+        for held in self._held.values():
+            held.files.close()
+
+    def _notify(self) -> None:
+        self._changed.set()
+        self._changed = trio.Event()
+
+
+async def _nothing_to_invalidate(_reason: str) -> None:
+    """An orphaned AVHD is being merged from the start."""

@@ -1,0 +1,97 @@
+"""Makes overlays: a new, empty AVHD at a fork, or one that an earlier process left behind."""
+
+import contextlib
+import secrets
+from pathlib import Path
+
+import attrs
+import trio
+
+from daemonkit.durable import sync_directory
+from diskd.core import avhd
+from diskd.core.avhd import AvhdMap, Head
+from diskd.errors import Damaged
+from diskd.shell import live_map
+from diskd.shell.held import Invalidate
+from diskd.shell.live_map import LiveMap
+from diskd.shell.open_image import OpenImage
+from diskd.shell.overlay import OverlayLayer, OverlaySettings
+
+
+@attrs.frozen
+class Forks:
+    """``shared_dir`` is a tmpfs; ``boot_id`` tells whether what lies there is of this boot."""
+
+    shared_dir: Path
+    boot_id: str
+    settings: OverlaySettings
+
+    async def make(self, image: OpenImage, checkpoint: str, invalidate: Invalidate) -> OverlayLayer:
+        """An empty AVHD, durable, over the image's parent; nobody uses it yet. Raises OSError, Refused."""
+        head = Head(
+            checkpoint,
+            str(image.image.uuid),
+            image.image.size_bytes,
+            image.image.block_bytes,
+            secrets.token_hex(8),
+            secrets.token_hex(16),
+        )
+        (image.image.directory / avhd.DIRECTORY).mkdir(exist_ok=True)
+        nothing = bytes(avhd.cell_bytes(head.blocks))
+        live = LiveMap.create(self.shared_dir, head.live_nonce, nothing, self.boot_id)
+        try:
+            await image.files.run(avhd.create(head))
+            await trio.to_thread.run_sync(sync_directory, image.image.directory)
+            return self._overlay(image, AvhdMap.over(head, live.cells), live, invalidate)
+        except BaseException:
+            live.close()
+            raise
+
+    async def attach(self, image: OpenImage, head: Head, invalidate: Invalidate) -> OverlayLayer:
+        """The overlay over what an earlier process left. Raises Damaged: never the parent alone.
+
+        The mapped copy of the same boot is ahead of the durable map; it is believed until the durable one
+        has caught up and names another.
+        """
+        geometry = (str(image.image.uuid), image.image.size_bytes, image.image.block_bytes)
+        if (head.image_uuid, head.size_bytes, head.block_bytes) != geometry:
+            raise Damaged(f"image {image.name}: its AVHD belongs to another image")
+        cells = await image.files.run(avhd.load_cells(head))
+        mapped = live_map.recover(self.shared_dir, head.live_nonce, len(cells), self.boot_id)
+        nonce = secrets.token_hex(16)
+        live = LiveMap.create(self.shared_dir, nonce, mapped or cells, self.boot_id)
+        try:
+            states = AvhdMap.over(head, live.cells)
+            if mapped is not None:
+                states.mark_all_dirty()
+                await image.files.run(avhd.flush(states.take_dirty(), parent=True))
+            states.head = await image.files.run(avhd.renew(head, nonce))
+            live_map.forget(self.shared_dir, head.live_nonce)
+            return self._overlay(image, states, live, invalidate)
+        except BaseException:
+            live.close()
+            raise
+
+    def _overlay(
+        self, image: OpenImage, states: AvhdMap, live: LiveMap, invalidate: Invalidate
+    ) -> OverlayLayer:
+        return OverlayLayer(
+            image.image.directory,
+            states,
+            live,
+            image.image.raw,
+            image.files,
+            self.settings,
+            on_failure=invalidate,
+            fail=image.image.fail,
+        )
+
+
+async def left_behind(image: OpenImage) -> Head | None:
+    """The head of an AVHD that was completed and not removed; half of one is cleaned up. Raises Damaged."""
+    head = await image.files.run(avhd.load_head())
+    if head is None:
+        await image.files.run(avhd.remove())
+        with contextlib.suppress(OSError):
+            (image.image.directory / avhd.DIRECTORY).rmdir()
+    return head

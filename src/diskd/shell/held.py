@@ -1,0 +1,96 @@
+"""A checkpoint that has a record, in memory, and the view of it that a backup holds (ports.FrozenVm)."""
+
+from collections.abc import Awaitable, Callable
+from typing import Protocol
+
+import attrs
+import trio
+
+from diskd.core.checkpoint import Record
+from diskd.core.inventory import CheckpointInfo, Outcome
+from diskd.core.ports import FrozenDisk
+from diskd.shell.files import Files
+from diskd.shell.frozen import FrozenImage
+from diskd.shell.open_image import OpenImage
+
+Invalidate = Callable[[str], Awaitable[None]]
+
+
+@attrs.define(eq=False)
+class Held:
+    """A checkpoint with a record. ``images`` are those of its disks that are open here, by image name."""
+
+    record: Record
+    files: Files
+    images: dict[str, OpenImage]
+    disks: dict[str, FrozenImage] = attrs.field(factory=dict)
+    invalid: bool = False
+    incomplete: bool = False  # an image of it is damaged or released: the next start goes on
+    merging: set[str] = attrs.field(factory=set)
+    lock: trio.Lock = attrs.field(factory=trio.Lock)  # one change of the record at a time
+
+
+class Owner(Protocol):
+    """What a held checkpoint asks of shell.checkpoints."""
+
+    def pending(self, vm: str) -> list[str]: ...
+    async def settle(self, vm: str, point: str, *, committed: bool) -> None: ...
+    async def end(self, identifier: str, outcome: Outcome) -> None: ...
+
+
+class StandingCheckpoint:
+    """ports.FrozenVm."""
+
+    def __init__(self, owner: Owner, held: Held) -> None:
+        self._owner = owner
+        self._held = held
+
+    @property
+    def checkpoint(self) -> str:
+        return self._held.record.checkpoint
+
+    @property
+    def vm(self) -> str:
+        return self._held.record.vm
+
+    @property
+    def point(self) -> str:
+        return self._held.record.point
+
+    @property
+    def config(self) -> str:
+        return self._held.record.config
+
+    @property
+    def consistency(self) -> str:
+        return self._held.record.consistency
+
+    @property
+    def disks(self) -> dict[str, FrozenDisk]:
+        return dict(self._held.disks)
+
+    @property
+    def pending(self) -> list[str]:
+        return self._owner.pending(self.vm)
+
+    async def settle(self, point: str, *, committed: bool) -> None:
+        await self._owner.settle(self.vm, point, committed=committed)
+
+    async def end(self, outcome: Outcome) -> None:
+        await self._owner.end(self.checkpoint, outcome)
+
+
+def describe(held: Held) -> CheckpointInfo:
+    """As ``checkpoint list`` reports it; ``exports`` only while the frozen view stands."""
+    record = held.record
+    state = "invalid" if held.invalid and record.state == "sealed" else record.state
+    standing = record.state == "sealed" and not held.invalid
+    return CheckpointInfo(
+        record.checkpoint,
+        record.vm,
+        record.point,
+        state,
+        record.held_by,
+        record.outcome,
+        {disk.image: f"{disk.image}:{record.checkpoint}" for disk in record.disks if standing},
+    )

@@ -1,0 +1,211 @@
+"""One open image with its lease and its connections: fencing (S1) is carried out here.
+
+The epoch is checked in the same step that submits a call, and after every wait, by the ``check`` that each
+connection's writer carries. Taking a lease makes it durable, raises it in memory (from that step on every
+older check fails), waits for what older epochs had submitted, drops their connections, and then answers.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+import attrs
+import trio
+
+from daemonkit.diskd_api import Activity, Lease
+from diskd.core import lease
+from diskd.core.lease import Claim, Decision, LeaseState
+from diskd.core.ports import Allocation, Device, Export
+from diskd.errors import Fenced, Refused
+from diskd.shell.files import Files
+from diskd.shell.image import Image, ImageSettings, Writer
+from diskd.shell.overlay import OverlayLayer
+
+CONNECTIONS_MAX: Final = 256  # per image; a guest has one, a parallel copy tool some dozens
+
+
+@attrs.define(eq=False)
+class Session:
+    """One connection's access. ``revoked`` says why nothing of it is accepted any more."""
+
+    claim: Claim
+    drop: Callable[[str], None]
+    writer: Writer | None = None
+    revoked: str | None = None
+
+
+class OpenImage:
+    """Made by ``open``. ``overlay`` and ``checkpoint`` are shell.checkpoints' to set."""
+
+    def __init__(self, image: Image, files: Files, state: LeaseState) -> None:
+        self.image = image
+        self.files = files
+        self.lease_state = state
+        self.overlay: OverlayLayer | None = None
+        self.checkpoint: str | None = None
+        self._lock = trio.Lock()  # one change of the lease, or of who holds it, at a time
+        self._sessions: list[Session] = []
+
+    @classmethod
+    async def open(cls, directory: Path, settings: ImageSettings) -> "OpenImage":
+        """Raises Refused or Damaged."""
+        files = Files(directory)
+        try:
+            state = await files.run(lease.load())
+            return cls(await Image.open(directory, settings), files, state)
+        except BaseException:
+            files.close()
+            raise
+
+    async def close(self) -> None:
+        """A clean stop. Connections are gone by now."""
+        try:
+            await self.image.close()
+        finally:
+            self.files.close()
+
+    @property
+    def name(self) -> str:
+        return self.image.name
+
+    @property
+    def connections(self) -> int:
+        return sum(session.revoked is None for session in self._sessions)
+
+    def show_lease(self) -> Lease:
+        return self.lease_state.show(self.name)
+
+    def activity(self) -> Activity:
+        """Evidence of life, never decisive."""
+        last = self.image.last_io_ns()
+        age = None if last is None else max(0, int(trio.current_time() * 1e9) - last)
+        held_by = None if self.lease_state.released else self.lease_state.holder
+        return Activity(self.name, self.lease_state.epoch, held_by, self.connections, age)
+
+    def export_names(self) -> list[str]:
+        """What ``open_session`` would accept now."""
+        state = self.lease_state
+        names = [self.name] if state.is_free else [f"{self.name}@{state.epoch}"]
+        return names if state.prepared is None else [*names, f"{self.name}@{state.prepared}"]
+
+    async def change_lease(self, decision: Decision, epoch: int, holder: str) -> Lease:
+        """Answers when the new state is durable and nothing of what it fences is under way any more."""
+        async with self._lock:
+            old = self.lease_state
+            new = await self.files.run(lease.change(old, decision, epoch, holder))
+            self.lease_state = new
+            await self._end([session for session in self._sessions if self._is_stale(session)])
+            return new.show(self.name)
+
+    def _is_stale(self, session: Session) -> bool:
+        if session.revoked is None:
+            try:
+                lease.check_read(self.lease_state, session.claim)
+            except Fenced as fenced:
+                session.revoked = fenced.strerror
+        return session.revoked is not None
+
+    async def _end(self, sessions: list[Session]) -> None:
+        """Every submitted call of these finished, every connection dropped. Said again, it waits again."""
+        try:
+            for session in sessions:
+                if session.writer is not None:
+                    await self.image.drain(session.writer)
+                self._sessions.remove(session)
+        finally:
+            for session in sessions:
+                session.drop(session.revoked or "the connection was replaced")
+
+    async def open_session(self, epoch: int | None, drop: Callable[[str], None]) -> Export:
+        """Raises Refused: a policy answer."""
+        async with self._lock:
+            claim = lease.admit(self.lease_state, epoch)
+            if epoch is not None:
+                # One connection at a time under one epoch: the newer one is the client's idea of the truth.
+                same = [session for session in self._sessions if session.claim == claim]
+                for session in same:
+                    session.revoked = session.revoked or "a newer connection under the same epoch took over"
+                await self._end(same)
+            else:
+                await self._end([session for session in self._sessions if session.revoked is not None])
+            if len(self._sessions) >= CONNECTIONS_MAX:
+                raise Refused(f"{self.name} has {CONNECTIONS_MAX} connections already")
+            lease.admit(self.lease_state, epoch)
+            session = Session(claim, drop)
+            device = self._device(session)
+            self._sessions.append(session)
+        return self._export(device, epoch, lambda: self._close(session))
+
+    def info(self, epoch: int | None) -> Export:
+        """What ``open_session`` would give; nobody is disturbed."""
+        session = Session(lease.admit(self.lease_state, epoch), lambda _: None)
+        return self._export(self._device(session), epoch, lambda: None)
+
+    def _export(self, device: Device, epoch: int | None, close: Callable[[], None]) -> Export:
+        return Export(device, epoch is None, {}, close, self.image.block_bytes)
+
+    def _device(self, session: Session) -> Device:
+        def check() -> None:
+            if session.revoked is not None:
+                raise Fenced(session.revoked)
+            lease.check_read(self.lease_state, session.claim)
+
+        def check_write() -> None:
+            check()
+            lease.check_write(self.lease_state, session.claim)
+
+        session.writer = self.image.open_writer(check)
+        if session.claim.epoch is None or session.claim.epoch == self.lease_state.epoch:
+            return session.writer
+        return PreparedDevice(session.writer, check_write)
+
+    def _close(self, session: Session) -> None:
+        """The connection ended. What it had submitted may still run: whoever comes next drains it."""
+        session.revoked = session.revoked or "the connection has ended"
+        session.drop = lambda _: None
+
+
+class PreparedDevice:
+    """A connection opened under a prepared epoch: reads at once, writes from its promotion on."""
+
+    def __init__(self, inner: Device, check_write: Callable[[], None]) -> None:
+        self._inner = inner
+        self._check_write = check_write
+
+    @property
+    def size_bytes(self) -> int:
+        return self._inner.size_bytes
+
+    @property
+    def is_read_only(self) -> bool:
+        return False  # NBD fixes it at negotiation, and the promotion is to come
+
+    def read_nowait(self, offset: int, length: int) -> bytes | None:
+        return self._inner.read_nowait(offset, length)
+
+    async def read(self, offset: int, length: int) -> bytes:
+        return await self._inner.read(offset, length)
+
+    def write_nowait(self, offset: int, data: bytes | memoryview) -> bool:
+        self._check_write()
+        return self._inner.write_nowait(offset, data)
+
+    async def write(self, offset: int, data: bytes | memoryview, *, fua: bool = False) -> None:
+        self._check_write()
+        await self._inner.write(offset, data, fua=fua)
+
+    async def write_zeroes(
+        self, offset: int, length: int, *, may_trim: bool = True, fua: bool = False
+    ) -> None:
+        self._check_write()
+        await self._inner.write_zeroes(offset, length, may_trim=may_trim, fua=fua)
+
+    async def trim(self, offset: int, length: int, *, fua: bool = False) -> None:
+        self._check_write()
+        await self._inner.trim(offset, length, fua=fua)
+
+    async def flush(self) -> None:
+        await self._inner.flush()
+
+    async def allocation(self, offset: int, length: int) -> list[Allocation]:
+        return await self._inner.allocation(offset, length)
