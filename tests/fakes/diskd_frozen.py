@@ -22,6 +22,7 @@ class MemoryDisk:
         self._mark(offset, len(data), self.allocated.update)
 
     def trim(self, offset, length):
+        assert offset % self.block == 0 == length % self.block, "a part of a block is not trimmed"
         self.data[offset : offset + length] = bytes(length)
         self._mark(offset, length, self.allocated.difference_update)
 

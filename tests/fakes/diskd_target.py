@@ -7,6 +7,8 @@ import trio
 from daemonkit.ports import Address
 from daemonkit.rpc import Registry
 from daemonkit.rpc import serve as serve_rpc
+from diskd.core.stream import StreamDecoder, StreamEncoder
+from diskd.shell.export import BUFFER_BYTES, Producer, prepare_blocking
 from diskd.shell.repository import open_repository
 from diskd.shell.target import Target
 
@@ -81,3 +83,41 @@ async def start_deaf_proxy(nursery, target):
     listeners = await nursery.start(trio.serve_tcp, handle, 0)
     port = listeners[0].socket.getsockname()[1]
     return Address("127.0.0.1", port), swallow
+
+
+def stream_of(frozen, base=None):
+    """(bytes, events, opening) of the whole export of a frozen VM."""
+    prepared = prepare_blocking(frozen, base)
+    encoder = StreamEncoder(prepared.header)
+    producer = Producer(prepared, encoder)
+    parts, buffer = [encoder.opening], bytearray(BUFFER_BYTES)
+    while (batch := producer.fill(buffer)) is not None:
+        parts.append(bytes(buffer[: batch.used]))
+    parts.append(encoder.finish())
+    data = b"".join(parts)
+    decoder = StreamDecoder()
+    decoder.feed(data)
+    events = []
+    while (event := decoder.next_event()) is not None:
+        events.append(event)
+    return data, events, decoder.opening
+
+
+def receive_all(repository, stream):
+    """What the target does with an export, in this thread; the manifest."""
+    _, events, opening = stream
+    incoming = repository.receive(events[0], opening)
+    try:
+        for event in events[1:-1]:
+            incoming.frame(event)
+        manifest = incoming.commit(
+            events[-1],
+            source_digest=events[-1].digest.hex(),
+            committed_at="2026-01-01T00:00:00+00:00",
+            poll=lambda: None,
+        )
+        incoming.publish()
+    except Exception:
+        incoming.discard()
+        raise
+    return manifest

@@ -350,7 +350,7 @@ class StreamDecoder:
             return None
         try:
             header = structure(ExportHeader, decode(opening[PREFIX.size :]), where="export header")
-        except OperatorError as error:
+        except (OperatorError, ProtocolError) as error:
             raise StreamError(str(error)) from error
         check_header(header)
         self.opening = opening
@@ -455,7 +455,10 @@ def encode_reply(reply: Reply) -> bytes:
 
 def decode_reply(payload: bytes) -> Reply:
     """Raises StreamError."""
-    message = decode(payload, size_bytes_max=REPLY_BYTES_MAX)
+    try:
+        message = decode(payload, size_bytes_max=REPLY_BYTES_MAX)
+    except ProtocolError as error:
+        raise StreamError(str(error)) from error
     if not isinstance(message, list) or len(message) != 2 or message[0] not in _REPLIES:
         _refuse("the receiver answered in an unknown form")
     try:

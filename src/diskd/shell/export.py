@@ -101,7 +101,7 @@ def _plan_disk(name: str, disk: FrozenDisk, base: str | None) -> tuple[DiskHeade
 
 
 @attrs.define
-class _Batch:
+class Batch:
     """A filled part of a buffer, and how many frames of the stream are complete with it."""
 
     buffer: bytearray
@@ -109,7 +109,7 @@ class _Batch:
     frames: int
 
 
-class _Producer:
+class Producer:
     """Reads and frames, in a worker thread, one buffer per call."""
 
     def __init__(self, prepared: Prepared, encoder: StreamEncoder) -> None:
@@ -123,7 +123,7 @@ class _Producer:
             for run in frames_of(plan):
                 yield number, run
 
-    def fill(self, buffer: bytearray) -> _Batch | None:
+    def fill(self, buffer: bytearray) -> Batch | None:
         """As many frames as fit; None behind the last one. Raises OSError from the disk."""
         if self._next is None:
             return None
@@ -144,7 +144,7 @@ class _Producer:
             )
             used += FRAME.size + length
             self._next = next(self._frames, None)
-        return _Batch(buffer, used, self._encoder.frames)
+        return Batch(buffer, used, self._encoder.frames)
 
 
 class ReplyReader:
@@ -223,11 +223,11 @@ class ExportSession:
         return self._check_committed(self._committed, complete=True)
 
     async def _send_frames(self, stream: trio.abc.Stream) -> None:
-        producer = _Producer(self.prepared, self.encoder)
+        producer = Producer(self.prepared, self.encoder)
         free_send, free = trio.open_memory_channel[bytearray](BUFFERS)
         for _ in range(BUFFERS):
             free_send.send_nowait(bytearray(BUFFER_BYTES))
-        full_send, full = trio.open_memory_channel[_Batch](BUFFERS)
+        full_send, full = trio.open_memory_channel[Batch](BUFFERS)
 
         async def produce() -> None:
             async with full_send:

@@ -102,7 +102,9 @@ async def _receive(
     while True:
         data = await _some(stream, decoder)
         decoder.feed(data)
-        events = list(iter(decoder.next_event, None))
+        events: list[ExportHeader | Frame | Trailer] = []
+        while (found := decoder.next_event()) is not None:
+            events.append(found)
         await trio.to_thread.run_sync(_store, output, data, events)
         for event in events:
             if isinstance(event, ExportHeader):

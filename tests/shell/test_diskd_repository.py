@@ -1,0 +1,290 @@
+"""The repository: a crash after every step, a flipped bit anywhere, a full disk; and what list says then."""
+
+import contextlib
+import errno
+import random
+import shutil
+
+import pytest
+import trio
+from diskd_frozen import MemoryLibrary
+from diskd_target import receive_all, stream_of
+
+from daemonkit.diskd_api import BackupDisk
+from daemonkit.durable import LockHeldError
+from daemonkit.errors import OperatorError
+from diskd.core.catalog import Manifest
+from diskd.core.stream import StreamError
+from diskd.errors import Damaged, Refused
+from diskd.shell.repository import open_repository
+from diskd.shell.repository_files import RepositoryFiles
+
+KiB = 1 << 10
+pytestmark = pytest.mark.slow
+DISKS = [BackupDisk("system", "system"), BackupDisk("journal", "journal")]
+CONFIG = 'name = "web"\n'
+
+
+class Crash(BaseException):
+    """The process ends here; nothing after it runs."""
+
+
+STEPS = [
+    "make_directory",
+    "create",
+    "write",
+    "set_size",
+    "sync",
+    "sync_directory",
+    "publish",
+    "exchange",
+    "remove_tree",
+]
+
+
+class CrashingFiles(RepositoryFiles):
+    """Stops before step ``at`` (counted from 0), or never."""
+
+    def __init__(self, at=None, error=None):
+        self.at, self.steps, self.error = at, 0, error
+
+
+def _step(name):
+    real = getattr(RepositoryFiles, name)
+
+    def step(self, *arguments):
+        if self.steps == self.at and self.error is None:
+            raise Crash  # And again at every later step: a dead process does nothing.
+        self.steps += 1
+        if self.error is not None and self.steps == self.at:
+            raise self.error
+        return real(self, *arguments)
+
+    return step
+
+
+for _name in STEPS:
+    setattr(CrashingFiles, _name, _step(_name))
+
+
+def poll():
+    pass
+
+
+async def _frozen(library):
+    return await library.begin_checkpoint("web", DISKS, CONFIG)
+
+
+class Scene:
+    """A VM in memory with the streams of a full and of two differentials, and what the disks held then."""
+
+    def __init__(self):
+        self.library = MemoryLibrary(system=600 * KiB, journal=64 * KiB)
+        self.streams, self.contents, self.names = [], [], []
+        disk = self.library.images["system"]
+        disk.write(0, bytes(range(256)) * 1200)
+        self.library.images["journal"].write(8192, b"journal" * 1000)
+        self._take(None)
+        disk.write(100 * KiB, b"2" * 5000)
+        disk.trim(200 * KiB, 72 * KiB)
+        self._take(self.names[-1])
+        disk.write(500 * KiB, b"3" * 9000)
+        disk.write(220 * KiB, b"4" * 4096)
+        self._take(self.names[-1])
+
+    def _take(self, base):
+        async def take():
+            frozen = await _frozen(self.library)
+            self.streams.append(stream_of(frozen, base))
+            self.contents.append({name: bytes(d.data) for name, d in self.library.images.items()})
+            self.names.append(frozen.point)
+            await frozen.end("keep")
+
+        trio.run(take)
+
+    def fill(self, root, count=3):
+        with open_repository(root) as repository:
+            for stream in self.streams[:count]:
+                receive_all(repository, stream)
+
+    def check(self, root, count):
+        """Exactly the first ``count`` points are there, whole and verified, and nothing else."""
+        with open_repository(root) as repository:
+            listed = [p for p in repository.listing(None) if p.damaged is None]
+            assert [p.point for p in listed] == self.names[:count]
+            for number, name in enumerate(self.names[:count]):
+                assert repository.verify("web", name, poll).problems == []
+                with repository.open("web", name) as opened:
+                    for disk, content in self.contents[number].items():
+                        assert opened.views[disk].read(0, len(content)) == content
+            if (root / "web").is_dir():
+                assert sorted(p.name for p in (root / "web").iterdir()) == sorted(self.names[:count])
+
+
+@pytest.fixture(scope="module")
+def scene():
+    return Scene()
+
+
+@pytest.mark.parametrize("before", [0, 1, 2])
+def test_a_crash_at_every_step_of_a_backup_leaves_all_of_it_or_nothing(tmp_path, scene, before):
+    outcomes = set()
+    at = 0
+    while True:
+        root = tmp_path / str(at)
+        root.mkdir()
+        scene.fill(root, before)
+        files = CrashingFiles(at)
+        try:
+            with open_repository(root, files) as repository:
+                receive_all(repository, scene.streams[before])
+            finished = True
+        except Crash:
+            finished = False
+        there = (root / "web" / scene.names[before]).is_dir()
+        outcomes.add(there)
+        scene.check(root, before + there)
+        # And what was not taken is taken by the next attempt.
+        if not there:
+            with open_repository(root) as repository:
+                receive_all(repository, scene.streams[before])
+            scene.check(root, before + 1)
+        shutil.rmtree(root)
+        if finished:
+            break
+        at += 1
+    assert outcomes == {False, True}
+    assert at > 20
+
+
+def test_a_crash_at_every_step_of_a_synthesis_changes_no_content(tmp_path, scene):
+    outcomes = set()
+    at = 0
+    while True:
+        root = tmp_path / str(at)
+        root.mkdir()
+        scene.fill(root)
+        try:
+            with open_repository(root, CrashingFiles(at)) as repository:
+                repository.synthesize("web", scene.names[1], poll)
+            finished = True
+        except Crash:
+            finished = False
+        scene.check(root, 3)
+        with open_repository(root) as repository:
+            outcomes.add(repository.load("web").points[scene.names[1]].base)
+        shutil.rmtree(root)
+        if finished:
+            break
+        at += 1
+    assert outcomes == {scene.names[0], None}
+
+
+def test_a_full_disk_at_any_step_fails_that_backup_only(tmp_path, scene):
+    failed = 0
+    for at in range(1, 200):
+        root = tmp_path / str(at)
+        root.mkdir()
+        scene.fill(root, 1)
+        files = CrashingFiles(at, OSError(errno.ENOSPC, "No space left on device"))
+        with open_repository(root, files) as repository, contextlib.suppress(OSError):
+            receive_all(repository, scene.streams[1])
+        if files.steps < at:
+            break
+        failed += 1
+        # Only the very last sync, behind the rename, can fail with the point in its place.
+        scene.check(root, 1 + (root / "web" / scene.names[1]).is_dir())
+        shutil.rmtree(root)
+    assert failed > 10
+
+
+@pytest.mark.parametrize(
+    "file", ["manifest.json", "vm.toml", "export.index", "system.qcow2", "journal.qcow2"]
+)
+@pytest.mark.parametrize("number", [0, 2])
+def test_one_flipped_bit_anywhere_is_found_and_named(tmp_path, scene, file, number):
+    scene.fill(tmp_path)
+    path = tmp_path / "web" / scene.names[number] / file
+    good = path.read_bytes()
+    chosen = random.Random(f"{file}{number}")
+    places = {0, len(good) - 1, len(good) // 2} | {chosen.randrange(len(good)) for _ in range(12)}
+    with open_repository(tmp_path) as repository:
+        for place in sorted(places):
+            bad = bytearray(good)
+            bad[place] ^= 1 << chosen.randrange(8)
+            path.write_bytes(bad)
+            found = repository.verify("web", scene.names[number], poll)
+            assert found.problems, (file, place)
+            assert file in found.problems[0]
+            for name in scene.names[:number]:
+                assert repository.verify("web", name, poll).problems == []
+        path.write_bytes(good)
+        assert repository.verify("web", scene.names[number], poll).problems == []
+
+
+def test_a_missing_file_or_base_is_found_and_named(tmp_path, scene):
+    scene.fill(tmp_path)
+    (tmp_path / "web" / scene.names[2] / "journal.qcow2").unlink()
+    with open_repository(tmp_path) as repository:
+        assert "journal.qcow2" in repository.verify("web", scene.names[2], poll).problems[0]
+        shutil.rmtree(tmp_path / "web" / scene.names[0])
+        assert scene.names[0] in repository.verify("web", scene.names[1], poll).problems[0]
+        listed = {p.point: p.damaged for p in repository.listing("web")}
+        assert scene.names[0] in listed[scene.names[1]]
+        with pytest.raises(Damaged, match=scene.names[0]), repository.open("web", scene.names[2]):
+            pass
+
+
+def test_damaged_data_is_never_handed_out(tmp_path, scene):
+    """B4: a read of the view, of a restore, of a synthesis and of a differential's filling all verify."""
+    scene.fill(tmp_path)
+    path = tmp_path / "web" / scene.names[0] / "system.qcow2"
+    data = bytearray(path.read_bytes())
+    place = data.index(bytes(range(256)) * 4)
+    data[place] ^= 1
+    path.write_bytes(data)
+    with open_repository(tmp_path) as repository:
+        with repository.open("web", scene.names[1]) as opened, pytest.raises(Damaged, match=r"system\.qcow2"):
+            opened.views["system"].read(0, 600 * KiB)
+        with pytest.raises(Damaged, match=r"system\.qcow2"):
+            repository.synthesize("web", scene.names[2], poll)
+        assert sorted(p.name for p in (tmp_path / "web").iterdir()) == sorted(scene.names)
+
+
+def test_a_committed_point_is_known_again(tmp_path, scene):
+    scene.fill(tmp_path, 1)
+    with open_repository(tmp_path) as repository:
+        _, events, opening = scene.streams[0]
+        again = repository.receive(events[0], opening)
+        assert isinstance(again, Manifest)
+        assert again.source_digest == events[-1].digest.hex()
+        repository.synthesize("web", scene.names[0], poll)
+
+
+def test_an_unknown_base_and_a_wrong_digest_are_refused(tmp_path, scene):
+    with open_repository(tmp_path) as repository:
+        _, events, opening = scene.streams[1]
+        with pytest.raises(Refused, match="--full"):
+            repository.receive(events[0], opening)
+        _, events, opening = scene.streams[0]
+        incoming = repository.receive(events[0], opening)
+        import attrs
+
+        bad = attrs.evolve(events[1], data=b"x" + events[1].data[1:])
+        with pytest.raises(StreamError, match="digest"):
+            incoming.frame(bad)
+        incoming.discard()
+        assert list((tmp_path / "web").iterdir()) == []
+
+
+def test_the_root_is_locked_and_must_exist(tmp_path):
+    with open_repository(tmp_path), pytest.raises(LockHeldError), open_repository(tmp_path):
+        pass
+    with pytest.raises(OperatorError, match="no such directory"), open_repository(tmp_path / "nowhere"):
+        pass
+
+
+@pytest.mark.parametrize("name", ["..", "a/b", "", "A", ".incoming-x"])
+def test_names_never_leave_the_root(tmp_path, name):
+    with open_repository(tmp_path) as repository, pytest.raises(Refused, match="name"):
+        repository.load(name)
