@@ -1,5 +1,6 @@
 """T1, T2, T3 in the simulator: a crash at every step of everything, and again during recovery."""
 
+import contextlib
 from random import Random
 
 import pytest
@@ -11,9 +12,9 @@ KINDS = ("daemon", "power")
 
 
 def prepared(seed: int) -> SimImage:
-    """An image with some history: two valid points and writes around them."""
+    """An image with some history: four valid points and writes around them."""
     image = SimImage(Random(seed))
-    for _ in range(2):
+    for _ in range(4):
         for _ in range(3):
             image.spawn(image.random_write())
         image.settle()
@@ -47,20 +48,19 @@ def crash(image: SimImage, kind: str) -> None:
         image.disk.daemon_crash()
 
 
-def recovered(image: SimImage, kind: str, crashes: int) -> str:
-    """Recover, crashing up to so many times on the way; how the last recovery went."""
-    for _ in range(crashes):
-        image.disk.crash_in = image.rng.randrange(12)
-        try:
+def recovered(image: SimImage, kind: str, crashes: list[int]) -> str:
+    """Recover, crashing before these steps of it on the way; how the last recovery went."""
+    for crash_at in crashes:
+        image.disk.crash_in = crash_at
+        with contextlib.suppress(Crashed):
             image.power_on()
-        except Crashed:
-            crash(image, kind)
-        image.disk.crash_in = None
+        crash(image, kind)
     return image.power_on().how
 
 
-def run_story(seed: int, crash_at: int | None, kind: str) -> int:
-    """One history with a crash before step ``crash_at``. The number of steps it had."""
+def run_story(seed: int, crash_at: int | None, kind: str, crashes: list[int] | None = None) -> int:
+    """One history with a crash before step ``crash_at``, and crashes of the recovery (default: random ones).
+    The number of steps it had."""
     image = prepared(seed)
     before = image.disk.steps
     image.disk.crash_in = crash_at
@@ -73,7 +73,9 @@ def run_story(seed: int, crash_at: int | None, kind: str) -> int:
         pass
     steps = image.disk.steps - before
     crash(image, kind)
-    how = recovered(image, kind, crashes=image.rng.randrange(3))
+    if crashes is None:
+        crashes = [image.rng.randrange(20) for _ in range(image.rng.randrange(3))]
+    how = recovered(image, kind, crashes)
     assert how in (("daemon_crash", "clean") if kind == "daemon" else ("power_loss", "clean"))
     image.check()
     if kind == "daemon":
@@ -98,6 +100,14 @@ def test_a_crash_at_every_step(seed: int, kind: str) -> None:
     assert steps > 30
     for crash_at in range(steps):
         run_story(seed, crash_at, kind)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_crash_at_every_step_and_at_every_step_of_the_recovery(kind: str) -> None:
+    for crash_at in range(run_story(7, None, kind)):
+        for again_at in range(12, 24):
+            run_story(7, crash_at, kind, [again_at])
 
 
 @pytest.mark.slow

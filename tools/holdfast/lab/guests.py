@@ -46,6 +46,8 @@ class GuestOptions:
     size_load: float = 0.0
     memory: str = "64MiB"
     disks: int = 1
+    priority: int = 0
+    resiliency_period: str | None = None
 
 
 async def run_tool(lab: Lab, name: str, *argv: str) -> str:
@@ -84,9 +86,12 @@ def vm_document(lab: Lab, name: str, options: GuestOptions) -> dict[str, Any]:
         "argv": argv,
         "memory": options.memory,
         "vcpus": 1,
+        "priority": options.priority,
     }
     if options.on is not None:
         document["preferred_nodes"] = [options.on]
+    if options.resiliency_period is not None:
+        document["resiliency_period"] = options.resiliency_period
     document["disks"] = [
         {"name": DISK if number == 0 else f"disk{number}", "image": image, "diskd": DISKD_NAME}
         for number, image in enumerate(image_names(name, options.disks))

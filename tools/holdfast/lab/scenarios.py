@@ -1,53 +1,78 @@
 """A scenario on real processes: the same file that the simulator runs, with deadlines instead of a trace.
 
 Steps run one after the other. ``do`` is a verb of the lab, ``wait`` lets time pass, ``expect`` must become
-true within its deadline, and stay so for as long as it says. At the end the invariants are checked on
-every VM that keeps a journal: nothing acknowledged is lost, no two owners wrote at once.
+true within its deadline, and stay so for as long as it says; what a line means is decided by
+``clusterd.sim.scenario``, for both runners. At the end the invariants are checked on every VM that keeps
+a journal: nothing acknowledged is lost, no two owners wrote at once.
 """
 
 import shutil
 import tempfile
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import attrs
 import trio
 
-from daemonkit.errors import OperatorError
-from daemonkit.units import MiB, to_seconds
-from holdfast.lab.cluster import Lab, UpOptions, bring_up
-from holdfast.lab.expectations import (
-    Action,
-    Expectation,
-    Run,
-    Status,
-    describe,
-    is_met,
-    run_of,
+from clusterd.sim.scenario import (
+    DEFAULTS,
+    Do,
+    Expect,
+    Scenario,
+    ScenarioVm,
+    Step,
+    Wait,
+    choose_status,
+    lab_properties,
+    parse_scenario,
 )
+from daemonkit.durable import read_small_file
+from daemonkit.errors import OperatorError
+from daemonkit.units import MiB, parse_duration, to_seconds
+from holdfast.lab.cluster import LAB_PROPERTIES, Lab, UpOptions, bring_up
 from holdfast.lab.guests import GuestOptions, add_guest, check_guest
-from holdfast.lab.plans import Plan, Step, VmPlan, read_plan
-from holdfast.lab.views import best
+from holdfast.lab.links import LinkChange, both_ways
 
 POLL_SECONDS: Final = 0.05
 GUEST_DISK_BYTES: Final = 16 * MiB
 Say = Callable[[str], None]
+Status = dict[str, Any]
 
 
 class ScenarioFailed(OperatorError):
     """An expectation did not come true, or an invariant is broken."""
 
 
-async def perform(lab: Lab, action: Action) -> None:
+def read_scenario(path: Path) -> Scenario:
+    """``path``: a scenario's directory, or its scenario.toml. Raises OperatorError, one line."""
+    file = path / "scenario.toml" if path.is_dir() else path
+    try:
+        text = read_small_file(file).decode()
+    except UnicodeDecodeError as error:
+        raise OperatorError(f"{file}: not a TOML file: {error}") from error
+    scenario = parse_scenario(text, where=str(file))
+    for vm in scenario.vms:
+        if not vm.disks:
+            raise OperatorError(f"{file}: vm {vm.name}: VMs without disks are played by the simulator only")
+    return scenario
+
+
+async def perform(lab: Lab, do: Do) -> None:
     """One ``do`` of a scenario."""
-    first, second = [*action.arguments, None, None][:2]
-    if action.verb == "isolate":
-        await lab.isolate(str(first), storage="--storage" in action.options)
-    elif action.verb == "cut":
-        await lab.cut(str(first), str(second), one_way="--one-way" in action.options)
-    elif action.verb == "heal":
-        await lab.heal(first, second)
+    first, second, third = (*do.args, "", "", "")[:3]
+    if do.verb == "isolate":
+        await lab.isolate(first, storage="--storage" in do.flags)
+    elif do.verb == "cut":
+        await lab.cut(first, second, one_way="--one-way" in do.flags)
+    elif do.verb == "delay":
+        await lab.change_links(LinkChange(both_ways(first, second), delay_ns=parse_duration(third)))
+    elif do.verb == "loss":
+        await lab.change_links(LinkChange(both_ways(first, second), loss=float(third)))
+    elif do.verb == "reset":
+        await lab.reset(first, second)
+    elif do.verb == "heal":
+        await lab.heal(first or None, second or None)
     else:
         verbs: dict[str, Callable[[str], Awaitable[None]]] = {
             "kill": lab.kill,
@@ -55,7 +80,7 @@ async def perform(lab: Lab, action: Action) -> None:
             "pause": lab.pause,
             "resume": lab.resume,
         }
-        await verbs[action.verb](str(first))
+        await verbs[do.verb](first)
 
 
 @attrs.define
@@ -65,59 +90,55 @@ class Runner:
     lab: Lab
     say: Say
     begun: float
-    first_runs: dict[str, Run] = attrs.field(factory=dict)
+    first_runs: dict[str, tuple[Any, Any]] = attrs.field(factory=dict)
 
     def tell(self, text: str) -> None:
         """One line of the timeline."""
         self.say(f"{trio.current_time() - self.begun:7.2f} s  {text}")
 
-    async def observe(self, *, but: str | None = None) -> Status | None:
-        """The cluster's status, noting each VM's first run; ``but``: not this node's own view."""
-        answers = await self.lab.answers()
-        status = best(answers, but=but)
-        for vm in status["vms"] if status is not None else ():
-            run = run_of(status, vm) if status is not None else None
-            if run is not None:
-                self.first_runs.setdefault(vm, run)
+    async def observe(self) -> Status | None:
+        """The status to believe, noting each VM's run when it is first seen online."""
+        status = choose_status({answer["answered_by"]: answer for answer in await self.lab.answers()})
+        for name, vm in status["vms"].items() if status is not None else ():
+            if vm["state"] == "online" and None not in (vm["epoch"], vm["pid"]):
+                self.first_runs.setdefault(name, (vm["epoch"], vm["pid"]))
         return status
 
     async def step(self, step: Step) -> None:
         """Raises ScenarioFailed."""
-        if step.action is not None:
-            words = [step.action.verb, *step.action.arguments, *step.action.options]
-            self.tell(f"do      {' '.join(words)}")
-            await perform(self.lab, step.action)
-        elif step.wait_ns is not None:
-            self.tell(f"wait    {to_seconds(step.wait_ns):g} s")
-            await trio.sleep(to_seconds(step.wait_ns))
-        elif step.expectation is not None:
-            await self._expect(step, step.expectation)
+        if isinstance(step, Do):
+            self.tell(f"do      {step}")
+            await perform(self.lab, step)
+        elif isinstance(step, Wait):
+            self.tell(f"wait    {to_seconds(step.duration_ns):g} s")
+            await trio.sleep(to_seconds(step.duration_ns))
+        else:
+            await self._expect(step)
 
-    async def _expect(self, step: Step, expectation: Expectation) -> None:
+    async def _expect(self, step: Expect) -> None:
         begun = trio.current_time()
-        deadline = begun + to_seconds(step.within_ns)
-        while not await self._holds(expectation):
-            if trio.current_time() > deadline:
-                within = f"within {to_seconds(step.within_ns):g} s"
-                raise ScenarioFailed(f"expected {within}: {expectation}; {await self._instead(expectation)}")
+        within, holds = to_seconds(step.within_ns), to_seconds(step.holds_ns)
+        while not await self._is_so(step):
+            if trio.current_time() > begun + within:
+                await self._fail(step, f"within {within:g} s")
             await trio.sleep(POLL_SECONDS)
-        self.tell(f"expect  {expectation}: after {trio.current_time() - begun:.2f} s")
-        until = trio.current_time() + to_seconds(step.holds_ns)
+        self.tell(f"expect  {step.expectation.text}: after {trio.current_time() - begun:.2f} s")
+        until = trio.current_time() + holds
         while trio.current_time() < until:
-            if not await self._holds(expectation):
-                held = f"for {to_seconds(step.holds_ns):g} s"
-                raise ScenarioFailed(f"expected {held}: {expectation}; {await self._instead(expectation)}")
+            if not await self._is_so(step):
+                await self._fail(step, f"for {holds:g} s")
             await trio.sleep(POLL_SECONDS)
 
-    async def _holds(self, expectation: Expectation) -> bool:
-        status = await self.observe(but=_not_asked(expectation))
-        return status is not None and is_met(expectation, status, self.first_runs)
+    async def _is_so(self, step: Expect) -> bool:
+        status = await self.observe()
+        return status is not None and step.expectation.holds(status, self.first_runs)
 
-    async def _instead(self, expectation: Expectation) -> str:
-        status = await self.observe(but=_not_asked(expectation))
-        return "no node answers" if status is None else describe(expectation, status)
+    async def _fail(self, step: Expect, when: str) -> None:
+        status = await self.observe()
+        instead = "no node answers" if status is None else _describe(step, status)
+        raise ScenarioFailed(f"expected {when}: {step.expectation.text}; {instead}")
 
-    async def check_invariants(self, vms: list[VmPlan]) -> None:
+    async def check_invariants(self, vms: tuple[ScenarioVm, ...]) -> None:
         """S1 and S2, as a guest would notice their breach. Raises ScenarioFailed."""
         for vm in vms:
             verdict = await check_guest(self.lab, vm.name)
@@ -132,40 +153,55 @@ class Runner:
                 )
 
 
-def _not_asked(expectation: Expectation) -> str | None:
-    """A node is judged by the others: an isolated node sees everybody else isolated."""
-    return expectation.name if expectation.kind == "node" else None
+def _describe(step: Expect, status: Status) -> str:
+    """What is there instead."""
+    kind, name = step.expectation.subject, step.expectation.name
+    entry = status[f"{kind}s"].get(name)
+    if entry is None:
+        return f"{kind} {name} is not in the status"
+    known = ("owner", "epoch", "pid", "reason")
+    facts = ", ".join(f"{key} {entry[key]}" for key in known if entry.get(key) is not None)
+    return f"{kind} {name} is {entry['state']}" + (f" ({facts})" if facts else "")
 
 
-async def run_plan(plan: Plan, directory: Path, *, keep: bool, say: Say) -> None:
+async def play(scenario: Scenario, directory: Path, *, keep: bool, say: Say) -> None:
     """Bring up a lab in ``directory``, play, check, take it down. Raises OperatorError."""
-    say(f"{plan.name}: {plan.title}")
-    lab = await bring_up(directory, UpOptions(plan.nodes, properties=plan.properties), is_remembered=keep)
+    say(f"{scenario.name}: {scenario.title}")
+    properties = {name: DEFAULTS[name] for name in LAB_PROPERTIES} | lab_properties(scenario.properties)
+    options = UpOptions(scenario.nodes, properties=properties, seed=scenario.seed)
+    lab = await bring_up(directory, options, is_remembered=keep)
     runner = Runner(lab, say, trio.current_time())
     try:
-        runner.tell(f"{plan.nodes} nodes are up")
-        for vm in plan.vms:
-            options = GuestOptions(vm.on, GUEST_DISK_BYTES, memory=vm.memory, disks=vm.disks)
-            entry = await add_guest(lab, vm.name, options)
+        runner.tell(f"{scenario.nodes} nodes are up")
+        for vm in scenario.vms:
+            guest = GuestOptions(
+                vm.on,
+                GUEST_DISK_BYTES,
+                memory=vm.memory,
+                disks=vm.disks,
+                priority=vm.priority,
+                resiliency_period=vm.resiliency_period,
+            )
+            entry = await add_guest(lab, vm.name, guest)
             runner.tell(f"vm {vm.name} is online on {entry['owner']}, epoch {entry['epoch']}")
         await runner.observe()
-        for step in plan.steps:
+        for step in scenario.steps:
             await runner.step(step)
-        await runner.check_invariants(plan.vms)
+        await runner.check_invariants(scenario.vms)
     finally:
         if not keep:
             with trio.move_on_after(60, shield=True):
                 await lab.down()
-    say(f"{plan.name}: passed")
+    say(f"{scenario.name}: passed")
 
 
 async def run_scenario(path: Path, directory: Path | None, *, keep: bool, say: Say) -> None:
     """``lab run``: in ``directory``, or in one that is made for it and removed if all went well."""
-    plan = read_plan(path)
+    scenario = read_scenario(path)
     made = None
     if directory is None:
         made = directory = Path(tempfile.mkdtemp(prefix="holdfast-lab-"))
         say(f"the lab is in {directory}")
-    await run_plan(plan, directory, keep=keep, say=say)
+    await play(scenario, directory, keep=keep, say=say)
     if made is not None and not keep:
         shutil.rmtree(made)
