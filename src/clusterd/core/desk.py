@@ -32,6 +32,7 @@ class Desk:
     lease_good_until: int = 0
     is_self_isolated: bool = False
     isolated_since: int = 0
+    is_unsure: bool = False  # was isolated, and has not read the store since: runs may be stale
     is_leaving_process: bool = False
     next_request: int = 1
     ticket: int = 0

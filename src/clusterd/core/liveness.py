@@ -12,6 +12,10 @@ direction is cut.
 What B knows of us it says in its rows: our own (incarnation, sequence). We remember when we sent which
 sequence; the age of the newest acknowledged one is the age of B's evidence.
 
+Every heartbeat carries the isolation time that its sender goes by, and evidence of a node is judged by the
+longer of its and ours. So a shorter interval, set while the cluster runs, isolates nobody who has not yet
+read of it.
+
 A stall of our own loop says nothing about the others: ``shift`` moves all evidence by it.
 """
 
@@ -39,6 +43,7 @@ class Peer:
     hears_leader: bool = False
     hears: dict[str, tuple[tuple[int, int], int]] = attrs.field(factory=dict)
     in_contact: bool = False
+    isolation_ns: int = 0  # what its newest heartbeat said that it goes by
     met: bool = False  # has been in contact since this clusterd began
 
 
@@ -74,7 +79,7 @@ class Contacts:
             for identifier, peer in ((i, self.peers[n]) for i, n in self.names.items())
             if peer.counter != UNKNOWN
         }
-        return Heartbeat(self.name, self.incarnation, self.sequence, hears_leader, rows)
+        return Heartbeat(self.name, self.incarnation, self.sequence, hears_leader, rows, self.isolation_ns)
 
     def heard(self, heartbeat: Heartbeat, network: str, now: int) -> bool:
         """Take in a heartbeat. False: it is older or repeated, or from nobody we know, and was ignored
@@ -89,7 +94,7 @@ class Contacts:
             return False
         peer.networks[network] = now
         peer.direct_counter, peer.direct_at = counter, now
-        peer.hears_leader = heartbeat.hears_leader
+        peer.hears_leader, peer.isolation_ns = heartbeat.hears_leader, heartbeat.isolation_ns
         if counter > peer.counter:
             peer.counter, peer.advanced_at = counter, now
         for identifier, row in heartbeat.rows.items():
@@ -124,16 +129,20 @@ class Contacts:
             return None
         return row.incarnation
 
-    def is_fresh(self, at: int | None, now: int) -> bool:
+    def lasts_ns(self, peer: Peer) -> int:
+        """How long evidence of this peer stays fresh: by its isolation time or ours, whichever is longer."""
+        return max(self.isolation_ns, peer.isolation_ns)
+
+    def is_fresh(self, peer: Peer, at: int | None, now: int) -> bool:
         """Whether evidence of that time counts now."""
-        return at is not None and now < at + self.isolation_ns
+        return at is not None and now < at + self.lasts_ns(peer)
 
     def judge(self, peer: Peer, now: int) -> bool:
         """The rule of contact (DESIGN "Contact")."""
-        if not self.is_fresh(peer.advanced_at, now):
+        if not self.is_fresh(peer, peer.advanced_at, now):
             return False
-        if self.is_fresh(peer.direct_at, now):
-            return self.is_fresh(peer.acknowledged_at, now)
+        if self.is_fresh(peer, peer.direct_at, now):
+            return self.is_fresh(peer, peer.acknowledged_at, now)
         return True
 
     def evaluate(self, now: int) -> list[Peer]:
@@ -147,19 +156,19 @@ class Contacts:
                 changed.append(peer)
         return changed
 
-    def gained(self, now: int) -> bool:
-        """Whether evidence that has just come may have brought somebody back: cheap, for every datagram."""
-        return any(not peer.in_contact and self.judge(peer, now) for peer in self.peers.values())
+    def would_change(self, now: int) -> bool:
+        """Whether evidence that has just come changes a verdict: cheap, for every datagram."""
+        return any(self.judge(peer, now) != peer.in_contact for peer in self.peers.values())
 
-    def next_expiry(self) -> int | None:
+    def next_expiry(self, now: int) -> int | None:
         """When the first contact may end. Evidence that comes meanwhile makes it later, never earlier."""
         expiries = []
         for peer in self.peers.values():
             if peer.in_contact:
                 ends = [peer.advanced_at]
-                if peer.direct_at is not None and peer.acknowledged_at is not None:
+                if self.is_fresh(peer, peer.direct_at, now):
                     ends.append(peer.acknowledged_at)
-                expiries.append(min(at for at in ends if at is not None) + self.isolation_ns)
+                expiries.append(min(at for at in ends if at is not None) + self.lasts_ns(peer))
         return min(expiries, default=None)
 
     def shift(self, duration_ns: int) -> None:
@@ -178,11 +187,11 @@ class Contacts:
 
         def hears(a: str, b: str) -> bool:
             if a == self.name:
-                return self.is_fresh(self.peers[b].direct_at, now)
+                return self.is_fresh(self.peers[b], self.peers[b].direct_at, now)
             if b == self.name:
-                return self.is_fresh(self.peers[a].acknowledged_at, now)
+                return self.is_fresh(self.peers[a], self.peers[a].acknowledged_at, now)
             row = self.peers[a].hears.get(b)
-            return row is not None and self.is_fresh(row[1], now)
+            return row is not None and self.is_fresh(self.peers[b], row[1], now)
 
         everybody = sorted([self.name, *self.peers])
         words = {(True, True): "both", (True, False): "in", (False, True): "out", (False, False): "none"}

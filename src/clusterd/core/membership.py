@@ -61,7 +61,7 @@ def liveness(desk: Desk, node: str) -> Liveness:
     if node == desk.name:
         if desk.is_self_isolated:
             return Liveness.ISOLATED
-        return Liveness.UP if is_settled(desk, node) else Liveness.JOINING
+        return Liveness.UP if is_settled(desk, node) and not desk.is_unsure else Liveness.JOINING
     if in_contact(desk, node):
         return Liveness.UP if is_settled(desk, node) else Liveness.JOINING
     if not is_lost(desk, node):

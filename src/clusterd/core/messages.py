@@ -1,8 +1,9 @@
 """Heartbeats on the wire. docs/formats/heartbeat.md describes the bytes.
 
-A datagram is ``[version, mac, body]`` and the body ``[cluster, node, incarnation, sequence, flags, rows]``,
-both msgpack. ``rows`` is a flat list of three integers per peer, because 64 nodes must fit into 1,400
-bytes: the peer's 32-bit id (a hash of its name), its incarnation, and sequence * 2 + "hears the leader".
+A datagram is ``[version, mac, body]`` and the body
+``[cluster, node, incarnation, sequence, flags, isolation_ms, rows]``, both msgpack. ``rows`` is a flat list
+of three integers per peer, because 64 nodes must fit into 1,400 bytes: the peer's 32-bit id (a hash of its
+name), its incarnation, and sequence * 2 + "hears the leader".
 """
 
 import hashlib
@@ -14,6 +15,7 @@ import attrs
 from clusterd.core.types import NODES_MAX
 from daemonkit.codec import CodecError, decode, encode
 from daemonkit.errors import ProtocolError
+from daemonkit.units import MILLISECOND
 
 WIRE_VERSION: Final = 1
 ACCEPTED_VERSIONS: Final = (WIRE_VERSION,)  # the previous one joins here when there is a second
@@ -22,6 +24,7 @@ MAC_BYTES: Final = 16
 KEYS_MAX: Final = 2
 INCARNATION_MAX: Final = (1 << 32) - 1
 SEQUENCE_MAX: Final = (1 << 40) - 1
+ISOLATION_MS_MAX: Final = 60_000_000  # the longest interval times the highest threshold
 HEARS_LEADER: Final = 1
 
 
@@ -40,13 +43,15 @@ class Row:
 
 @attrs.frozen
 class Heartbeat:
-    """``rows`` by peer id (``peer_id`` of the name)."""
+    """``rows`` by peer id (``peer_id`` of the name). ``isolation_ns``: the isolation time that the sender
+    goes by, in whole milliseconds."""
 
     node: str
     incarnation: int
     sequence: int
     hears_leader: bool
     rows: dict[int, Row]
+    isolation_ns: int = 0
 
 
 def peer_id(name: str) -> int:
@@ -71,6 +76,7 @@ def encode_heartbeat(cluster: str, key: bytes, heartbeat: Heartbeat) -> bytes:
             heartbeat.incarnation,
             heartbeat.sequence,
             HEARS_LEADER if heartbeat.hears_leader else 0,
+            heartbeat.isolation_ns // MILLISECOND,
             rows,
         ]
     )
@@ -102,19 +108,21 @@ def decode_heartbeat(cluster: str, keys: tuple[bytes, ...], data: bytes) -> Hear
         fields = decode(body, size_bytes_max=DATAGRAM_BYTES_MAX)
     except CodecError as error:
         raise HeartbeatRejected(str(error)) from error
-    if not (isinstance(fields, list) and len(fields) == 6):
+    if not (isinstance(fields, list) and len(fields) == 7):
         raise HeartbeatRejected("not a heartbeat")
     return _read_body(cluster, fields)
 
 
 def _read_body(cluster: str, fields: list[Any]) -> Heartbeat:
-    sender_cluster, node, incarnation, sequence, flags, flat = fields
+    sender_cluster, node, incarnation, sequence, flags, isolation_ms, flat = fields
     if sender_cluster != cluster:
         raise HeartbeatRejected("it comes from another cluster")
     if type(node) is not str or not 1 <= len(node) <= 63:
         raise HeartbeatRejected("its node name is not one")
     if not (_is_count(incarnation, INCARNATION_MAX) and _is_count(sequence, SEQUENCE_MAX)):
         raise HeartbeatRejected("its counter is out of range")
+    if not _is_count(isolation_ms, ISOLATION_MS_MAX):
+        raise HeartbeatRejected("its isolation time is out of range")
     if not (_is_count(flags, 255) and isinstance(flat, list) and len(flat) <= 3 * NODES_MAX):
         raise HeartbeatRejected("its rows are out of range")
     if len(flat) % 3:
@@ -129,4 +137,5 @@ def _read_body(cluster: str, fields: list[Any]) -> Heartbeat:
         ):
             raise HeartbeatRejected("a row is out of range")
         rows[identifier] = Row(peer_incarnation, packed >> 1, bool(packed & 1))
-    return Heartbeat(node, incarnation, sequence, bool(flags & HEARS_LEADER), rows)
+    hears_leader = bool(flags & HEARS_LEADER)
+    return Heartbeat(node, incarnation, sequence, hears_leader, rows, isolation_ms * MILLISECOND)

@@ -60,6 +60,7 @@ class NodeCore:
     beat_at: int | None
     contact_at: int | None
     jump: tuple[int, int] | None
+    returned_at: int
     rejected: dict[str, int]
 
     def __init__(self, identity: Identity, state: NodeState) -> None:
@@ -78,6 +79,7 @@ class NodeCore:
         self.chronicle = Chronicle(self.desk, self.owner, self.watching)
         self.beat_at = self.contact_at = None
         self.jump = None
+        self.returned_at = 0
         self.rejected = {}
 
     @property
@@ -123,13 +125,13 @@ class NodeCore:
             desk.remember(incarnation=newer + 1)
             self.jump = (0, newer + 1)
             desk.note(EventName.NODE_INCARNATION_JUMPED, node=desk.name, incarnation=newer + 1)
-        return desk.contacts.gained(desk.now)
+        return desk.contacts.would_change(desk.now)
 
     def _deadline(self) -> bool:
         now, is_news = self.desk.now, False
         if self.contact_at is not None and now >= self.contact_at:
             is_news = bool(self.desk.contacts.evaluate(now))
-            self.contact_at = self.desk.contacts.next_expiry()
+            self.contact_at = self.desk.contacts.next_expiry(now)
         if self.beat_at is not None and now >= self.beat_at:
             self._beat()
         return is_news or (self.desk.wake_at is not None and now >= self.desk.wake_at)
@@ -226,10 +228,11 @@ class NodeCore:
         desk = self.desk
         desk.wake_at = None
         isolation = desk.properties.isolation_ns
-        if desk.contacts.isolation_ns != isolation:
-            desk.contacts.isolation_ns = isolation
+        desk.contacts.isolation_ns = isolation
+        if self.beat_at is not None:  # a shorter interval counts from now on
+            self.beat_at = min(self.beat_at, desk.now + desk.properties.heartbeat_interval_ns)
         desk.contacts.evaluate(desk.now)
-        self.contact_at = desk.contacts.next_expiry()
+        self.contact_at = desk.contacts.next_expiry(desk.now)
         if desk.now < desk.started_at + isolation:
             desk.wake(desk.started_at + isolation)
         self.store.tick()
@@ -250,6 +253,13 @@ class NodeCore:
         if verdict and not desk.is_self_isolated:
             desk.isolated_since = desk.now
         desk.is_self_isolated = verdict
+        # What was assigned meanwhile is not known before a read that began after the return.
+        if verdict:
+            desk.is_unsure = True
+        elif desk.is_unsure and self.store.is_usable and self.store.last_read_asked_at > self.returned_at:
+            desk.is_unsure = False
+        if verdict:
+            self.returned_at = desk.now
 
     # -- questions
 

@@ -49,7 +49,7 @@ class Chronicle:
             self._observe("record", name, desk.view.mod(f"nodes/{name}"))
             self._observe("word", name, state_word(live, admission(desk, name)))
             if live is not before:
-                self._note_node(name, before, live)
+                self._note_node(name, live)
         for vm in desk.view.vms():
             state = self.vm_state(vm)
             before_vm = self._observe("vm", vm, state)
@@ -73,19 +73,18 @@ class Chronicle:
     def _since(self, kind: str, name: str) -> int:
         return self.since.get((kind, name), (None, self.desk.now))[1]
 
-    def _note_node(self, name: str, before: Liveness | None, live: Liveness) -> None:
-        note = self.desk.note
+    def _note_node(self, name: str, live: Liveness) -> None:
+        note, before_episode = self.desk.note, self.since.get(("episode", name), (None, 0))[0]
         if live is Liveness.ISOLATED:
             note(EventName.NODE_ISOLATED, node=name, reason=self.node_reason(name, live))
-        elif live is Liveness.UP and before in (None, Liveness.JOINING) and not self._was_seen(name):
+        elif live is Liveness.UP and before_episode is None:
             note(EventName.NODE_UP, node=name)
-        elif live is Liveness.UP:
+        elif live is Liveness.UP and before_episode == "away":
             note(EventName.NODE_RETURNED, node=name)
-        if live is not Liveness.JOINING:
-            self._observe("seen", name, True)
-
-    def _was_seen(self, name: str) -> bool:
-        return ("seen", name) in self.since
+        if live in GONE:
+            self._observe("episode", name, "away")
+        elif live is Liveness.UP:
+            self._observe("episode", name, "here")
 
     def _note_vm(self, vm: str, state: VmState) -> None:
         assignment = self.desk.view.assignment(vm)
@@ -115,10 +114,10 @@ class Chronicle:
             peer = desk.contacts.peers.get(name)
             if peer is None:
                 return "it is not among this node's peers"
-            fresh = desk.contacts.is_fresh(peer.advanced_at, desk.now)
-            if fresh:
+            heard, answered = peer.direct_at, peer.acknowledged_at or desk.started_at
+            if heard is not None and heard - answered > 2 * desk.properties.heartbeat_interval_ns:
                 return "its heartbeats show that it does not hear this node"
-            limit = format_duration(desk.properties.isolation_ns)
+            limit = format_duration(desk.contacts.lasts_ns(peer))
             return f"no heartbeat of it, direct or relayed, for {limit}"
         if live is Liveness.JOINING:
             return "not registered yet, or runs taken from it are not yet known to be stopped"

@@ -41,6 +41,8 @@ class StoreSession:
     desk: Desk
     reading: int | None = None
     reading_since_revision: int = 0
+    read_asked_at: int = 0
+    last_read_asked_at: int = 0  # of the newest read that was answered
     next_read_at: int = 0
     is_stale: bool = False  # a guard refused: read before writing again
     session_request: int | None = None
@@ -64,20 +66,26 @@ class StoreSession:
         desk = self.desk
         if self.reading is None and (desk.now >= self.next_read_at or self.is_stale):
             self.reading = desk.request()
-            self.reading_since_revision = desk.view.revision
+            self.reading_since_revision, self.read_asked_at = desk.view.revision, desk.now
             self.next_read_at = desk.now + self.read_interval_ns
             desk.act(effects.ReadStore(self.reading))
         if self.session_request is None and desk.now >= self.keep_at:
-            if desk.lease is not None:
-                self.session_request = desk.request()
-                desk.act(effects.KeepSession(self.session_request, desk.lease))
-            elif desk.store_known:
-                self.session_request = desk.request()
-                desk.act(effects.GrantSession(self.session_request, desk.properties.store_session_ns))
-            self.session_asked_at = desk.now
-            self.keep_at = desk.now + self._keep_interval_ns()
+            self._ask_session()
         desk.wake(self.next_read_at)
-        desk.wake(max(self.keep_at, desk.now + MILLISECOND))
+        if self.session_request is None and desk.lease is not None:
+            desk.wake(self.keep_at)
+
+    def _ask_session(self) -> None:
+        desk = self.desk
+        if desk.lease is None and not desk.store_known:
+            return  # a session is asked for when the store answers
+        self.session_request = desk.request()
+        if desk.lease is not None:
+            desk.act(effects.KeepSession(self.session_request, desk.lease))
+        else:
+            desk.act(effects.GrantSession(self.session_request, desk.properties.store_session_ns))
+        self.session_asked_at = desk.now
+        self.keep_at = desk.now + self._keep_interval_ns()
 
     def _keep_interval_ns(self) -> int:
         session = self.desk.properties.store_session_ns // KEEPALIVES_PER_SESSION
@@ -100,6 +108,7 @@ class StoreSession:
         except (StoreUnknown, Refused) as error:
             self._unknown(str(error))
             return True
+        self.last_read_asked_at = self.read_asked_at
         was_known, was_stale = desk.store_known, self.is_stale
         self.is_stale = False
         self._known()

@@ -4,6 +4,8 @@ It refuses I/O of any but the newest epoch (S1), so a checker can say afterwards
 wrote at once. Epochs that went down, or a write that slipped through, raise at once.
 """
 
+import itertools
+
 import attrs
 
 from daemonkit.errors import InvariantBroken
@@ -66,7 +68,7 @@ class SimStorage:
     def report(self, name: str) -> JournalReport:
         """What the independent checker would say of this journal."""
         journal = self.image(name).journal
-        overlaps = sum(1 for a, b in zip(journal, journal[1:], strict=False) if b.epoch < a.epoch)
-        gaps = [b.at - a.at for a, b in zip(journal, journal[1:], strict=False)]
+        overlaps = sum(1 for a, b in itertools.pairwise(journal) if b.epoch < a.epoch)
+        gaps = [b.at - a.at for a, b in itertools.pairwise(journal)]
         owners = tuple(dict.fromkeys((record.epoch, record.node) for record in journal))
         return JournalReport(len(journal), overlaps, owners, max(gaps, default=0))
