@@ -94,7 +94,7 @@ def run_story(seed: int, crash_at: int | None, kind: str, crashes: list[int] | N
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("seed", range(1, 7))
+@pytest.mark.parametrize("seed", range(1, 4))
 def test_a_crash_at_every_step(seed: int, kind: str) -> None:
     steps = run_story(seed, None, kind)
     assert steps > 30
@@ -106,20 +106,20 @@ def test_a_crash_at_every_step(seed: int, kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_crash_at_every_step_and_at_every_step_of_the_recovery(kind: str) -> None:
     for crash_at in range(run_story(7, None, kind)):
-        for again_at in range(12, 24):
+        for again_at in range(12, 24, 4):
             run_story(7, crash_at, kind, [again_at])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_crashes_in_many_histories(kind: str) -> None:
-    for seed in range(100, 180):
+    for seed in range(100, 150):
         run_story(seed, Random(seed).randrange(90), kind)
 
 
 @pytest.mark.slow
 def test_without_a_crash_every_answer_is_exact() -> None:
-    for seed in range(200, 230):
+    for seed in range(200, 215):
         image = prepared(seed)
         begin_story(image)
         image.settle()
