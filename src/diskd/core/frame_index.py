@@ -144,10 +144,11 @@ def resolve(layers: Sequence[DiskFrames], offset: int, length: int, *, first: in
     Beyond the end of a smaller, older layer nothing is held, whatever lies below it (a disk that was
     shrunk and grown again reads zeroes there).
     """
+    if length <= 0:
+        return
     end = offset + length
     if first >= len(layers):
-        if length > 0:
-            yield Piece(offset, length, -1, -1, FrameKind.HOLE)
+        yield Piece(offset, length, -1, -1, FrameKind.HOLE)
         return
     layer = layers[first]
     inside = max(offset, min(end, layer.size_bytes))

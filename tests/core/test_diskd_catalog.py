@@ -1,0 +1,156 @@
+"""The rules over manifests: chains, bases on offer, what may be removed; and manifests that lie."""
+
+import json
+
+import attrs
+import pytest
+
+from diskd.core.catalog import (
+    CHAIN_MAX,
+    DiskRecord,
+    FileDigest,
+    Manifest,
+    by_commit,
+    chain_of,
+    check_incoming,
+    decode_manifest,
+    dependants,
+    encode_manifest,
+    header_of,
+    is_restorable,
+    keep_last,
+    offered,
+)
+from diskd.errors import Damaged, Refused
+
+
+def name(number):
+    return f"rp-{number:016x}"
+
+
+def manifest(number, base=None, *, disks=("system",), at=None):
+    return Manifest(
+        vm="web",
+        point=name(number),
+        base=None if base is None else name(base),
+        kind="full" if base is None else "differential",
+        consistency="crash",
+        committed_at=at or f"2026-01-01T00:00:{number:02d}+00:00",
+        synthetic=False,
+        source_digest="ab",
+        export_digest="ab",
+        config=FileDigest("vm.toml", 1, "cd"),
+        index=FileDigest("export.index", 1, "cd"),
+        disks=[
+            DiskRecord(d, d, 1 << 20, 4096, 65536, 0, 0, True, 0, "ef", FileDigest(f"{d}.qcow2", 1, "cd"))
+            for d in disks
+        ],
+    )
+
+
+def points(*manifests):
+    return {m.point: m for m in manifests}
+
+
+CHAIN = points(manifest(1), manifest(2, 1), manifest(3, 2), manifest(4), manifest(5, 4))
+
+
+def test_a_chain_goes_down_to_its_full():
+    assert [m.point for m in chain_of(CHAIN, name(3))] == [name(3), name(2), name(1)]
+    assert [m.point for m in chain_of(CHAIN, name(4))] == [name(4)]
+
+
+def test_a_missing_base_is_damage_and_an_unknown_point_is_refused():
+    torn = {point: m for point, m in CHAIN.items() if point != name(2)}
+    with pytest.raises(Damaged, match=name(2)):
+        chain_of(torn, name(3))
+    with pytest.raises(Refused, match="no point"):
+        chain_of(CHAIN, name(9))
+    assert not is_restorable(torn, name(3))
+    assert [p.point for p in offered(torn)] == [name(1), name(4), name(5)]
+
+
+def test_a_circle_and_an_endless_chain_are_damage():
+    circle = points(manifest(1, 2), manifest(2, 1))
+    with pytest.raises(Damaged, match="circular"):
+        chain_of(circle, name(1))
+    assert len(by_commit(circle.values())) == 2
+    long = points(manifest(0), *(manifest(n, n - 1, at="x") for n in range(1, CHAIN_MAX + 1)))
+    with pytest.raises(Damaged, match="longer"):
+        chain_of(long, name(CHAIN_MAX))
+    header = attrs.evolve(header_of(manifest(CHAIN_MAX + 5, CHAIN_MAX - 1), config=""))
+    with pytest.raises(Refused, match="synthesize"):
+        check_incoming(header, long)
+
+
+def test_a_disk_missing_below_is_damage():
+    chain = points(manifest(1), manifest(2, 1, disks=("system", "journal")))
+    with pytest.raises(Damaged, match="journal"):
+        chain_of(chain, name(2))
+
+
+def test_incoming_needs_a_base_with_the_same_disks():
+    assert check_incoming(header_of(manifest(9), config=""), CHAIN) == []
+    base = check_incoming(header_of(manifest(9, 3), config=""), CHAIN)
+    assert [m.point for m in base] == [name(3), name(2), name(1)]
+    with pytest.raises(Refused, match="--full"):
+        check_incoming(header_of(manifest(9, 8), config=""), CHAIN)
+    with pytest.raises(Refused, match="--full"):
+        check_incoming(header_of(manifest(9, 3, disks=("other",)), config=""), CHAIN)
+
+
+def test_commit_order_keeps_bases_first_within_one_second():
+    same = points(manifest(1, at="t"), manifest(3, 2, at="t"), manifest(2, 1, at="t"))
+    assert [m.point for m in by_commit(same.values())] == [name(1), name(2), name(3)]
+
+
+def test_what_others_need_outlives_them():
+    assert dependants(CHAIN, name(1)) == [name(2), name(3)]
+    assert dependants(CHAIN, name(5)) == []
+    assert keep_last(CHAIN, 1) == ([name(4), name(5)], [name(1), name(2), name(3)])
+    assert keep_last(CHAIN, 3) == ([name(1), name(2), name(3), name(4), name(5)], [])
+    assert keep_last(CHAIN, 0) == ([], [name(n) for n in range(1, 6)])
+
+
+def test_a_manifest_round_trips():
+    one = manifest(7, 3)
+    assert decode_manifest(encode_manifest(one), vm="web", point=name(7)) == one
+
+
+@pytest.mark.parametrize("where", ["point", "committed_at", "disks", "kind"])
+def test_a_changed_manifest_is_damage(where):
+    document = json.loads(encode_manifest(manifest(1)))
+    document[where] = [] if where == "disks" else "other"
+    with pytest.raises(Damaged, match="own digest"):
+        decode_manifest(json.dumps(document).encode(), vm="web", point=name(1))
+
+
+def test_a_manifest_of_another_point_is_damage():
+    with pytest.raises(Damaged, match="another point"):
+        decode_manifest(encode_manifest(manifest(1)), vm="web", point=name(2))
+    with pytest.raises(Damaged, match="another point"):
+        decode_manifest(encode_manifest(manifest(1)), vm="db", point=name(1))
+    escaping = attrs.evolve(manifest(1), config=FileDigest("../../etc/passwd", 1, "cd"))
+    with pytest.raises(Damaged, match="another point"):
+        decode_manifest(encode_manifest(escaping), vm="web", point=name(1))
+
+
+def test_every_flipped_bit_of_a_manifest_is_found():
+    data = encode_manifest(manifest(1))
+    for place in range(len(data) - 1):
+        for bit in (0, 3, 5):
+            bad = bytearray(data)
+            bad[place] ^= 1 << bit
+            try:
+                same = decode_manifest(bytes(bad), vm="web", point=name(1)) == manifest(1)
+            except Damaged:
+                continue
+            # White space between members carries nothing.
+            assert same
+            assert chr(data[place]).isspace()
+
+
+@pytest.mark.parametrize("data", [b"", b"{}", b"[]", b"\xff", b"[" * 100_000, b'{"a":NaN}'])
+def test_garbage_is_damage(data):
+    with pytest.raises(Damaged):
+        decode_manifest(data, vm="web", point=name(1))
