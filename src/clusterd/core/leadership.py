@@ -8,6 +8,9 @@ minority never does (S3), and a leader that lost only its own cluster network st
 
     follower --key absent, eligible--> (campaign: guarded put) --granted--> leader
     leader --not eligible--> (resign: guarded delete) ; --session or key lost--> follower
+
+A key of ours under a session that is not ours (any more), left over from before a restart or from before
+``store_session`` changed, is let go at once, rather than waited out.
 """
 
 import attrs
@@ -42,7 +45,8 @@ class Leadership:
             return False
         eligible = self._is_eligible()
         key = desk.view.seen.get("leader")
-        if leading and not eligible:
+        left_over = key is not None and key.record.node == desk.name and key.lease != desk.lease
+        if (leading and not eligible) or left_over:
             self.store.write(("leader",), self.store.leading(), [], deletes=("leader",))
             return False
         if key is None and eligible and not desk.is_leaving_process:

@@ -67,6 +67,15 @@ class Contacts:
         members = {peer: Peer(peer) for peer in sorted(ids.values())}
         return cls(name, incarnation, isolation_ns, members, own_id=peer_id(name), names=ids)
 
+    def go_by(self, isolation_ns: int, now: int) -> None:
+        """Another isolation time from now on. The peers acknowledged what we sent at the former pace, so
+        those in contact are given one new isolation time to acknowledge the new one."""
+        if isolation_ns < self.isolation_ns:
+            for peer in self.peers.values():
+                if peer.in_contact and peer.acknowledged_at is not None:
+                    peer.acknowledged_at = now
+        self.isolation_ns = isolation_ns
+
     def beat(self, now: int, hears_leader: bool) -> Heartbeat:
         """The next heartbeat to send; remembers when it was sent."""
         self.sequence += 1

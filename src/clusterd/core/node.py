@@ -228,7 +228,7 @@ class NodeCore:
         desk = self.desk
         desk.wake_at = None
         isolation = desk.properties.isolation_ns
-        desk.contacts.isolation_ns = isolation
+        desk.contacts.go_by(isolation, desk.now)
         if self.beat_at is not None:  # a shorter interval counts from now on
             self.beat_at = min(self.beat_at, desk.now + desk.properties.heartbeat_interval_ns)
         desk.contacts.evaluate(desk.now)

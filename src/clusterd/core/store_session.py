@@ -47,6 +47,8 @@ class StoreSession:
     is_stale: bool = False  # a guard refused: read before writing again
     session_request: int | None = None
     session_asked_at: int = 0
+    asked_ttl_ns: int = 0
+    granted_ttl_ns: int = 0
     keep_at: int = 0
     writes: dict[int, OpenWrite] = attrs.field(factory=dict)
     is_foreign: bool = False
@@ -69,7 +71,7 @@ class StoreSession:
             self.reading_since_revision, self.read_asked_at = desk.view.revision, desk.now
             self.next_read_at = desk.now + self.read_interval_ns
             desk.act(effects.ReadStore(self.reading))
-        if self.session_request is None and desk.now >= self.keep_at:
+        if self.session_request is None and (desk.now >= self.keep_at or self._is_outdated()):
             self._ask_session()
         desk.wake(self.next_read_at)
         if self.session_request is None and desk.lease is not None:
@@ -80,12 +82,23 @@ class StoreSession:
         if desk.lease is None and not desk.store_known:
             return  # a session is asked for when the store answers
         self.session_request = desk.request()
-        if desk.lease is not None:
+        if desk.lease is not None and not self._is_outdated():
             desk.act(effects.KeepSession(self.session_request, desk.lease))
         else:
-            desk.act(effects.GrantSession(self.session_request, desk.properties.store_session_ns))
+            self.asked_ttl_ns = desk.properties.store_session_ns
+            desk.act(effects.GrantSession(self.session_request, self.asked_ttl_ns))
         self.session_asked_at = desk.now
         self.keep_at = desk.now + self._keep_interval_ns()
+
+    def _is_outdated(self) -> bool:
+        """``store_session`` has changed: a session of the new length is asked for. The former one runs out;
+        nothing hangs on it once the keys are put under the new one."""
+        desk = self.desk
+        return (
+            desk.store_known
+            and desk.lease is not None
+            and self.granted_ttl_ns != desk.properties.store_session_ns
+        )
 
     def _keep_interval_ns(self) -> int:
         session = self.desk.properties.store_session_ns // KEEPALIVES_PER_SESSION
@@ -162,8 +175,8 @@ class StoreSession:
         if event.request != self.session_request:
             return False
         self.session_request = None
-        self.desk.lease = event.lease
-        self.desk.lease_good_until = self.session_asked_at + self.desk.properties.store_session_ns
+        self.desk.lease, self.granted_ttl_ns = event.lease, self.asked_ttl_ns
+        self.desk.lease_good_until = self.session_asked_at + self.granted_ttl_ns
         self.keep_at = self.session_asked_at + self._keep_interval_ns()
         return True
 
@@ -173,7 +186,7 @@ class StoreSession:
             return False
         self.session_request = None
         if event.alive:
-            self.desk.lease_good_until = self.session_asked_at + self.desk.properties.store_session_ns
+            self.desk.lease_good_until = self.session_asked_at + self.granted_ttl_ns
             return False
         self.desk.lease = None
         self.keep_at = self.desk.now
