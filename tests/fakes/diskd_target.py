@@ -37,13 +37,13 @@ class RaisesLeaf:
         return True
 
 
-async def start_target(nursery, root, address=None):
+async def start_target(nursery, root, address=None, files=None):
     """(address, a function that stops it)."""
     scope = trio.CancelScope()
     stopped = trio.Event()
 
     async def run(*, task_status=trio.TASK_STATUS_IGNORED):
-        with scope, open_repository(root) as repository:
+        with scope, open_repository(root, files) as repository:
             registry = Registry()
             Target(repository).register(registry)
             await serve_rpc(registry, address or Address("127.0.0.1", 0), task_status=task_status)

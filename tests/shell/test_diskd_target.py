@@ -1,0 +1,344 @@
+"""The target under bad peers, full disks and kills; and what a source sees of it."""
+
+import contextlib
+import errno
+import random
+import signal
+
+import pytest
+import trio
+from diskd_frozen import MemoryLibrary
+from diskd_target import RaisesLeaf, start_target, stream_of
+from diskd_target_process import target_process
+
+from daemonkit.diskd_api import BackupDisk, BackupRequest
+from daemonkit.errors import OperatorError
+from daemonkit.frames import FrameReader
+from daemonkit.rpc import connect
+from diskd.core import target_calls as calls
+from diskd.core.stream import Ack, Committed, Ready, RefusedReply, StreamAborted, decode_reply
+from diskd.errors import Refused
+from diskd.shell.backup import run_backup
+from diskd.shell.repository import open_repository
+from diskd.shell.repository_files import RepositoryFiles
+from diskd.shell.restore import apply_file, restore_point
+
+MiB = 1 << 20
+DISKS = [BackupDisk("system", "system"), BackupDisk("journal", "journal")]
+
+
+@pytest.fixture
+def library():
+    library = MemoryLibrary(system=24 * MiB, journal=1 * MiB)
+    library.images["system"].write(0, bytes(range(256)) * 4096 * 20)
+    library.images["journal"].write(4096, b"j" * 4096)
+    return library
+
+
+async def silent(_progress):
+    await trio.lowlevel.checkpoint()
+
+
+async def backup(library, address, mode="auto"):
+    request = BackupRequest("web", DISKS, 'name = "web"\n', str(address), mode, None)
+    with trio.fail_after(60):
+        return await run_backup(library, request, report=silent, key=None)
+
+
+async def call(address, method, params):
+    with trio.fail_after(30):
+        async with connect(address) as client:
+            return await client.call(method, params)
+
+
+async def exported(library, base=None):
+    frozen = await library.begin_checkpoint("web", DISKS, 'name = "web"\n')
+    await frozen.end("keep")
+    return frozen, stream_of(frozen, base)
+
+
+class Peer:
+    """One side of the export stream, by hand."""
+
+    def __init__(self, stream):
+        self.stream = stream
+        self.reader = FrameReader()
+
+    async def reply(self):
+        with trio.fail_after(30):
+            while (payload := self.reader.next_frame()) is None:
+                data = await self.stream.receive_some(65536)
+                if not data:
+                    return None
+                self.reader.feed(data)
+            return decode_reply(payload)
+
+    async def last_reply(self):
+        while isinstance(reply := await self.reply(), Ack | Ready):
+            pass
+        return reply
+
+
+async def open_export(client):
+    with trio.fail_after(30):
+        return Peer(await client.open_stream(calls.EXPORT, calls.Nothing()))
+
+
+async def test_nonsense_is_refused_and_disturbs_nobody(tmp_path, library, nursery):
+    address, _ = await start_target(nursery, tmp_path)
+    _, (data, _, opening) = await exported(library)
+    chosen = random.Random(1)
+    for bad in (
+        b"GET / HTTP/1.1\r\n\r\n" * 10,
+        chosen.randbytes(5000),
+        opening + chosen.randbytes(5000),
+        data[: len(opening) + 56 + 100] + b"x" * 1000 + data[len(opening) + 1156 :],
+        data + b"more",
+    ):
+        async with connect(address) as client:
+            peer = await open_export(client)
+            with contextlib.suppress(trio.BrokenResourceError):
+                await peer.stream.send_all(bad)
+            reply = await peer.last_reply()
+            assert isinstance(reply, RefusedReply), reply
+    assert (await backup(library, address)).kind == "full"
+
+
+async def test_a_source_that_vanishes_at_any_byte_leaves_nothing(tmp_path, library, nursery):
+    address, _ = await start_target(nursery, tmp_path)
+    _, (data, _, opening) = await exported(library)
+    for end in (3, len(opening) - 1, len(opening), len(opening) + 30, 3 * MiB, len(data) - 1):
+        async with connect(address) as client:
+            peer = await open_export(client)
+            await peer.stream.send_all(data[:end])
+        # The next contact about that point answers only once the stream is gone for good.
+        answer = await call(address, calls.SETTLE, calls.PointName("web", "rp-" + "0" * 15 + "1"))
+        assert not answer.committed
+        if (tmp_path / "web").exists():
+            assert [p.name for p in (tmp_path / "web").iterdir() if not p.name.startswith(".")] == []
+    assert (await backup(library, address, mode="full")).kind == "full"
+    assert all(not p.name.startswith(".") for p in (tmp_path / "web").iterdir())
+
+
+async def test_settling_ends_a_stream_that_hangs(tmp_path, library, nursery):
+    """B3: after the answer "no" the point never appears, although its source still holds the connection."""
+    address, _ = await start_target(nursery, tmp_path)
+    frozen, (data, _, _) = await exported(library)
+    async with connect(address) as client:
+        peer = await open_export(client)
+        await peer.stream.send_all(data[: 2 * MiB])
+        assert isinstance(await peer.reply(), Ready)
+        assert isinstance(await peer.reply(), Ack)
+        answer = await call(address, calls.SETTLE, calls.PointName("web", frozen.point))
+        assert not answer.committed
+        with contextlib.suppress(trio.BrokenResourceError):
+            await peer.stream.send_all(data[2 * MiB :])
+        assert isinstance(await peer.last_reply(), RefusedReply)
+    listed = await call(address, calls.LIST, calls.VmName(None))
+    assert listed.points == []
+    assert list((tmp_path / "web").iterdir()) == []
+
+
+async def test_a_newer_backup_of_the_vm_ends_the_one_that_hangs(tmp_path, library, nursery):
+    address, _ = await start_target(nursery, tmp_path)
+    _, (data, _, _) = await exported(library)
+    async with connect(address) as client:
+        peer = await open_export(client)
+        await peer.stream.send_all(data[: 2 * MiB])
+        assert isinstance(await peer.reply(), Ready)
+        done = await backup(library, address, mode="full")
+        reply = await peer.last_reply()
+        assert isinstance(reply, RefusedReply)
+        assert "newer backup" in reply.reason
+    assert sorted(p.name for p in (tmp_path / "web").iterdir()) == [done.point]
+
+
+async def test_a_point_that_is_there_is_committed_again(tmp_path, library, nursery):
+    address, _ = await start_target(nursery, tmp_path)
+    frozen, (data, events, opening) = await exported(library)
+    for expected in (Ready, Committed):
+        async with connect(address) as client:
+            peer = await open_export(client)
+            await peer.stream.send_all(opening)
+            reply = await peer.reply()
+            assert isinstance(reply, expected)
+            if expected is Ready:
+                await peer.stream.send_all(data[len(opening) :])
+                reply = await peer.last_reply()
+            assert reply == Committed(frozen.point, events[-1].digest.hex())
+
+
+class FullDisk(RepositoryFiles):
+    """Takes so many bytes, then no more until it is emptied."""
+
+    def __init__(self):
+        self.room = 1 << 40
+
+    def write(self, descriptor, offset, data):
+        self.room -= len(data)
+        if self.room < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        super().write(descriptor, offset, data)
+
+
+async def test_a_full_disk_fails_that_backup_only(tmp_path, library, nursery):
+    files = FullDisk()
+    address, _ = await start_target(nursery, tmp_path, files=files)
+    first = await backup(library, address)
+    library.images["system"].write(0, b"new" * MiB)
+    files.room = 1 * MiB
+    with RaisesLeaf(Refused, "No space left on device"):
+        await backup(library, address)
+    assert library.ended[-1][1] == "discard"
+    files.room = 1 << 40
+    done = await backup(library, address)
+    assert done.base == first.point
+    verified = await call(address, calls.VERIFY, calls.PointFilter(None, None))
+    assert [p.problems for p in verified.points] == [[], []]
+
+
+async def until(condition):
+    with trio.fail_after(30):
+        while not condition():  # noqa: ASYNC110 - another process changes it
+            await trio.sleep(0.001)
+
+
+@pytest.mark.slow
+async def test_a_kill_at_any_moment_leaves_a_whole_point_or_none(tmp_path, library):
+    """B5 with a real process and SIGKILL: some kills come before the commit, some behind it."""
+    chosen = random.Random(7)
+    root = tmp_path / "repository"
+    async with target_process(root) as target:
+        whole = (await backup(library, target.address)).disks[0].sent_bytes
+        for attempt in range(8):
+            library.images["system"].write(chosen.randrange(0, 4 * MiB, 4096), chosen.randbytes(3 * MiB))
+            part = chosen.random() * (1.4 if attempt % 2 else 0.9)
+            async with trio.open_nursery() as nursery:
+
+                async def kill_in_the_middle(part=part):
+                    incoming = []
+
+                    def began():
+                        incoming[:] = (root / "web").glob(".incoming-*/system.qcow2")
+                        return bool(incoming)
+
+                    def far_enough():
+                        try:
+                            size = incoming[0].stat().st_size
+                        except FileNotFoundError:
+                            return True  # Committed (or refused) already.
+                        return part <= 1 and size >= part * whole / 10
+
+                    await until(began)
+                    await until(far_enough)
+                    target.process.send_signal(signal.SIGKILL)
+                    await target.process.wait()
+
+                nursery.start_soon(kill_in_the_middle)
+                with contextlib.suppress(OperatorError, BaseExceptionGroup):
+                    await backup(library, target.address, mode=chosen.choice(["auto", "full"]))
+                nursery.cancel_scope.cancel()
+            if target.process.poll() is None:
+                await target.end(signal.SIGKILL)
+            await target.start()
+            assert list((root / "web").glob(".*")) == []
+            verified = await call(target.address, calls.VERIFY, calls.PointFilter(None, None))
+            assert [p.problems for p in verified.points if p.problems] == []
+        # Whatever happened, the source knows which points are good, and goes on from them.
+        last = await backup(library, target.address)
+        await restore_point(
+            target.address,
+            calls.PointName("web", last.point),
+            tmp_path / "out",
+            disk_format="raw",
+            key=None,
+            on_progress=lambda _: None,
+        )
+        assert (tmp_path / "out" / "system.raw").read_bytes() == library.images["system"].data
+        assert await target.end(signal.SIGTERM) == 0
+
+
+async def restore(address, point, directory, disk_format="raw"):
+    with trio.fail_after(30):
+        return await restore_point(
+            address,
+            calls.PointName("web", point),
+            directory,
+            disk_format=disk_format,
+            key=None,
+            on_progress=lambda _: None,
+        )
+
+
+async def test_restore_writes_config_and_disks_sparse(tmp_path, library, nursery):
+    (tmp_path / "root").mkdir()
+    address, _ = await start_target(nursery, tmp_path / "root")
+    await backup(library, address)
+    library.images["system"].trim(4 * MiB, 8 * MiB)
+    library.images["system"].write(2 * MiB, b"v2" * 10000)
+    second = await backup(library, address)
+    restored = await restore(address, second.point, tmp_path / "out")
+    assert (tmp_path / "out" / "system.raw").read_bytes() == library.images["system"].data
+    assert (tmp_path / "out" / "journal.raw").read_bytes() == library.images["journal"].data
+    assert (tmp_path / "out" / "vm.toml").read_text() == 'name = "web"\n'
+    assert [path.name for path in restored.files] == ["system.raw", "journal.raw"]
+    assert (tmp_path / "out" / "system.raw").stat().st_blocks * 512 < 17 * MiB
+    with RaisesLeaf(Refused, "exists already"):
+        await restore(address, second.point, tmp_path / "out")
+    with RaisesLeaf(StreamAborted, "no point"):
+        await restore(address, "rp-" + "f" * 16, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+async def test_a_restore_of_damaged_data_fails_and_leaves_no_disk(tmp_path, library, nursery):
+    (tmp_path / "root").mkdir()
+    address, _ = await start_target(nursery, tmp_path / "root")
+    first = await backup(library, address)
+    path = tmp_path / "root" / "web" / first.point / "system.qcow2"
+    data = bytearray(path.read_bytes())
+    data[9 * MiB] ^= 4
+    path.write_bytes(data)
+    with RaisesLeaf(StreamAborted, "system.qcow2"):
+        await restore(address, first.point, tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+async def test_apply_verifies_before_it_writes(tmp_path):
+    library = MemoryLibrary(system=2 * MiB)
+    disk = library.images["system"]
+    disk.write(0, b"one" * 10000)
+
+    async def export(base):
+        frozen = await library.begin_checkpoint("web", [BackupDisk("system", "system")], "")
+        await frozen.end("keep")
+        return frozen.point, stream_of(frozen, base)[0]
+
+    point, full = await export(None)
+    disk.write(8192, b"two" * 5000)
+    disk.trim(0, 4096)
+    _, difference = await export(point)
+    (tmp_path / "full").write_bytes(full)
+    (tmp_path / "difference").write_bytes(difference)
+    raw = tmp_path / "disk.raw"
+    with pytest.raises(Refused, match="does not exist"):
+        apply_file(tmp_path / "difference", raw)
+    apply_file(tmp_path / "full", raw)
+    before = raw.read_bytes()
+    bad = bytearray(difference)
+    bad[-100] ^= 1
+    (tmp_path / "bad").write_bytes(bad)
+    with pytest.raises(OperatorError, match="nothing was applied"):
+        apply_file(tmp_path / "bad", raw)
+    assert raw.read_bytes() == before
+    with pytest.raises(Refused, match="exists already"):
+        apply_file(tmp_path / "full", raw)
+    apply_file(tmp_path / "difference", raw)
+    assert raw.read_bytes() == disk.data
+
+
+async def test_the_repository_outlives_its_target(tmp_path, library, nursery):
+    address, stop = await start_target(nursery, tmp_path)
+    done = await backup(library, address)
+    await stop()
+    with open_repository(tmp_path) as repository:
+        assert [p.point for p in repository.listing(None)] == [done.point]
