@@ -15,6 +15,10 @@ like this (``admit``):
     entry, clearing submitted   waits until the entry is gone, then goes to the parent
 
 So the set of entries only shrinks, and no order of crashes can let a stale copy win over a flushed write.
+
+A block that the guest rewrites all the time would leave every batch. After a batch that nothing came of, the
+next one is *firm*: small, and its writes wait from its start, as if its clearing had been submitted then.
+Likewise blocks that are always busy are *claimed*: the next write to them waits until the batch has had them.
 """
 
 from collections.abc import Iterable, Sequence
@@ -44,6 +48,9 @@ from diskd.core.steps import Punch, Read, Script, Write
 # One read-and-write pair of the copy: large enough for a disk, small enough for memory.
 COPY_BYTES_MAX = 1 * MiB
 
+# Writes to a firm batch wait for a copy and two syncs; it is kept small, so that they wait for little else.
+FIRM_BLOCKS_MAX = 64
+
 Admission = Literal["parent", "avhd", "wait"]
 
 
@@ -61,10 +68,17 @@ class Merge:
     copying: frozenset[int] = frozenset()
     batch: set[int] = attrs.field(factory=set)
     clearing: frozenset[int] = frozenset()
+    claimed: frozenset[int] = frozenset()
+    fruitless: bool = False
+
+    def must_wait(self, first: int, count: int) -> bool:
+        """Whether a write to some of these blocks has to wait."""
+        blocks = range(first, first + count)
+        return not (self.clearing.isdisjoint(blocks) and self.claimed.isdisjoint(blocks))
 
     def admit(self, block: int) -> Admission:
         """Where a write to this block goes; takes it out of the batch where it must leave."""
-        if block in self.clearing:
+        if self.must_wait(block, 1):
             return "wait"
         if self.map.state(block) == PARENT:
             return "parent"
@@ -79,7 +93,12 @@ class Merge:
         if self.copying or self.clearing:
             raise InvariantBroken("a batch of the merge was started within another")
         taken = frozenset(busy)
-        blocks = self._next(taken)
+        self.claimed = frozenset(block for block in self.claimed if self.map.state(block) != PARENT)
+        blocks = sorted(self.claimed - taken) or self._next(taken)
+        self.claimed -= frozenset(blocks)
+        if self.fruitless:
+            blocks = blocks[:FIRM_BLOCKS_MAX]
+            self.clearing = frozenset(blocks)
         self.copying, self.batch = frozenset(blocks), set(blocks)
         self.cursor = blocks[-1] + 1 if blocks else 0
         return self._runs(blocks)
@@ -92,6 +111,14 @@ class Merge:
             if blocks:
                 return blocks
         return []
+
+    def claim(self) -> None:
+        """Every entry is busy: let no further write begin to some of them before a batch has had them."""
+        self.claimed = frozenset(self.map.entries_from(0, FIRM_BLOCKS_MAX))
+
+    def unclaim(self) -> None:
+        """No batch will come (all is merged, or merging stopped): let the writes go on."""
+        self.claimed = frozenset()
 
     def _runs(self, blocks: Sequence[int]) -> list[tuple[int, int, int]]:
         runs: list[tuple[int, int, int]] = []
@@ -123,6 +150,7 @@ class Merge:
         """The copy is durable: the blocks still in the batch, whose entries ``clear`` takes back now."""
         self.clearing, self.copying = frozenset(self.batch), frozenset()
         self.batch = set()
+        self.fruitless = not self.clearing
         return sorted(self.clearing)
 
     def clear(self, blocks: Sequence[int]) -> Script[None]:

@@ -59,7 +59,7 @@ def plan_write(map_: AvhdMap, merge: Merge | None, offset: int, length: int) -> 
     """
     first, count = block_span(map_, offset, length)
     if merge is not None:
-        if merge.clearing and not merge.clearing.isdisjoint(range(first, first + count)):
+        if merge.must_wait(first, count):
             return MUST_WAIT
         for block in merge.batch.intersection(range(first, first + count)) if merge.batch else ():
             merge.admit(block)

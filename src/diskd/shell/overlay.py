@@ -306,17 +306,22 @@ class OverlayLayer:
         merge = self.merge
         assert merge is not None
         await self.flush()
-        while not merge.is_done:
-            runs = merge.start_batch(block for blocks in self._busy.values() for block in blocks)
-            if not runs:
-                await self._changed.wait()
-                continue
-            try:
-                await self._merge_batch(merge, runs)
-            except SyncFailed:
-                raise
-            except OSError:
-                await trio.sleep(_RETRY_SECONDS)
+        try:
+            while not merge.is_done:
+                runs = merge.start_batch(block for blocks in self._busy.values() for block in blocks)
+                if not runs:
+                    merge.claim()
+                    await self._changed.wait()
+                    continue
+                try:
+                    await self._merge_batch(merge, runs)
+                except SyncFailed:
+                    raise
+                except OSError:
+                    await trio.sleep(_RETRY_SECONDS)
+        finally:
+            merge.unclaim()
+            self._notify()
 
     async def _merge_batch(self, merge: Merge, runs: list[avhd.Run]) -> None:
         try:
