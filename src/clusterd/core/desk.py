@@ -1,7 +1,7 @@
 """What the machines of one node share: identity, memory, contacts, the store's picture, and the effects
 collected while one event is handled. It decides nothing."""
 
-from typing import Any
+from typing import Any, Final
 
 import attrs
 
@@ -13,6 +13,8 @@ from clusterd.core.state import NodeState, encode_state
 from clusterd.core.store_view import StoreView
 from clusterd.core.types import EventName, Identity
 from daemonkit.units import MILLISECOND
+
+OVERDUE_NS: Final = 50 * MILLISECOND
 
 
 @attrs.define
@@ -68,8 +70,10 @@ class Desk:
             self.state, self.is_dirty = changed, True
 
     def wake(self, at: int) -> None:
-        """Something is due then; never at once, so that no mistake can make a node spin."""
-        at = max(at, self.now + MILLISECOND)
+        """Something is due then. What is due already and was not done waits for an answer; it is looked at
+        again after a while, never at once, so that no mistake can make a node spin."""
+        if at <= self.now:
+            at = self.now + OVERDUE_NS
         if self.wake_at is None or at < self.wake_at:
             self.wake_at = at
 

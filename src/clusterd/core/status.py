@@ -39,10 +39,27 @@ class Chronicle:
     owner: Owner
     watching: Watching
     since: dict[tuple[str, str], tuple[Any, int]] = attrs.field(factory=dict)
+    seen_before: tuple[Any, ...] = ()
+
+    def _signature(self) -> tuple[Any, ...]:
+        """Everything that states depend on: while it is the same, there is nothing to note."""
+        desk = self.desk
+        return (
+            desk.view.version,
+            desk.is_self_isolated,
+            desk.is_unsure,
+            desk.now >= desk.started_at + desk.properties.isolation_ns,
+            tuple(peer.in_contact for peer in desk.contacts.peers.values()),
+            tuple((run.vm, run.epoch, run.phase, run.is_stalled) for run in self.owner.runs.values()),
+        )
 
     def update(self) -> None:
         """Note what changed since the last time."""
         desk = self.desk
+        signature = self._signature()
+        if signature == self.seen_before:
+            return
+        self.seen_before = signature
         for name in self.node_names():
             live = liveness(desk, name)
             before = self._observe("node", name, live)

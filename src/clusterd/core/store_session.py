@@ -73,7 +73,8 @@ class StoreSession:
             desk.act(effects.ReadStore(self.reading))
         if self.session_request is None and (desk.now >= self.keep_at or self._is_outdated()):
             self._ask_session()
-        desk.wake(self.next_read_at)
+        if desk.now < self.next_read_at or self.reading is None:
+            desk.wake(self.next_read_at)
         if self.session_request is None and desk.lease is not None:
             desk.wake(self.keep_at)
 
@@ -114,7 +115,7 @@ class StoreSession:
         desk = self.desk
         if event.revision < desk.view.revision and event.revision >= self.reading_since_revision:
             self.next_read_at = desk.now  # it was overtaken by one of our own writes
-            return False
+            return True
         try:
             self._check_identity(event)
             changed = desk.view.replace(event.revision, event.entries)
@@ -125,7 +126,7 @@ class StoreSession:
         was_known, was_stale = desk.store_known, self.is_stale
         self.is_stale = False
         self._known()
-        return changed or not was_known or was_stale
+        return changed or not was_known or was_stale or desk.now >= self.next_read_at
 
     def _check_identity(self, event: events.StoreSnapshot) -> None:
         """S6: raises StoreUnknown for a store that is empty, older or another one's."""

@@ -34,6 +34,13 @@ class StoreView:
     revision: int = 0
     properties: Properties = attrs.field(factory=Properties)
     has_read: bool = False
+    version: int = 0  # counts changes of the picture
+    _members: dict[str, records.Member] | None = None
+    _vms: list[str] | None = None
+
+    def _changed(self) -> None:
+        self.version += 1
+        self._members = self._vms = None
 
     def replace(self, revision: int, entries: tuple[StoreEntry, ...]) -> bool:
         """Take in a full read; whether anything changed. Raises StoreUnknown for a record that does not
@@ -58,6 +65,7 @@ class StoreView:
         self.seen, self.has_read = fresh, True
         self.read_revision, self.revision = revision, max(revision, self.revision)
         if changed:
+            self._changed()
             self._read_properties()
         return changed
 
@@ -66,12 +74,14 @@ class StoreView:
         old = self.seen.get(key)
         self.seen[key] = Seen(record, old.create_revision if old else revision, revision, lease)
         self.revision = max(self.revision, revision)
+        self._changed()
         if key == "properties":
             self._read_properties()
 
     def deleted(self, key: str, revision: int) -> None:
         """One of our deletes succeeded at ``revision``."""
         self.seen.pop(key, None)
+        self._changed()
         self.revision = max(self.revision, revision)
 
     def _read_properties(self) -> None:
@@ -103,14 +113,15 @@ class StoreView:
 
     def members(self) -> dict[str, records.Member]:
         """Every member of the cluster, by name."""
-        return {name: self.seen[f"members/{name}"].record for name in self.named("members")}
+        if self._members is None:
+            self._members = {name: self.seen[f"members/{name}"].record for name in self.named("members")}
+        return self._members
 
     def vms(self) -> list[str]:
         """The names of all VMs with a specification, ascending."""
-        suffix = "/spec"
-        return [
-            key[4 : -len(suffix)] for key in sorted(self.seen) if key[:4] == "vms/" and key.endswith(suffix)
-        ]
+        if self._vms is None:
+            self._vms = [key[4:-5] for key in sorted(self.seen) if key[:4] == "vms/" and key[-5:] == "/spec"]
+        return self._vms
 
     def presence(self, node: str) -> records.Presence | None:
         """The node's presence, or None: then its session is gone."""

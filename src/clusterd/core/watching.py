@@ -34,7 +34,8 @@ class Watching:
             if disks:
                 self.request, self.asked = desk.request(), disks
                 desk.act(effects.LookAtImages(self.request, disks))
-        desk.wake(self.next_at)
+        if self.request is None:
+            desk.wake(self.next_at)
 
     def _interval_ns(self) -> int:
         return min(max(self.desk.properties.isolation_ns // 2, INTERVAL_NS_MIN), INTERVAL_NS_MAX)

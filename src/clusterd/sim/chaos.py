@@ -1,0 +1,210 @@
+"""Random faults from a seed: a safety phase in which anything may break, then everything is healed and the
+cluster must come to rest (L1). The invariants are asserted throughout.
+
+    safety    faults and operators' commands at random moments
+    liveness  all links healed, all processes started; after the longest delay of the properties every VM
+              must be online, offline, failed or held, with exactly the process that its state promises,
+              and no node quarantined any more
+"""
+
+import random
+from collections.abc import Callable
+from typing import Any, Final
+
+import attrs
+
+from clusterd.core import commands as c
+from clusterd.core.types import VmState
+from clusterd.sim.run import apply_fault, vm_config
+from clusterd.sim.scenario import Do, ScenarioVm, choose_status, lab_properties
+from clusterd.sim.world import World
+from daemonkit.errors import InvariantBroken
+from daemonkit.units import MILLISECOND, SECOND
+
+PROPERTIES: Final = {
+    "heartbeat_interval": "200ms",
+    "heartbeat_threshold": "5",
+    "resiliency_period": "4s",
+    "quarantine_threshold": "3",
+    "quarantine_window": "60s",
+    "quarantine_duration": "10s",
+    "restart_grace": "5s",
+}
+SETTLE_NS: Final = 60 * SECOND
+RESTING: Final = (VmState.ONLINE.value, VmState.OFFLINE.value, VmState.FAILED.value, VmState.HELD.value)
+
+
+@attrs.frozen
+class ChaosResult:
+    seed: int
+    failures: list[str]
+    trace: list[str]
+    noted: frozenset[str]
+
+
+def _vms(randomness: random.Random, names: list[str]) -> list[ScenarioVm]:
+    kinds = [(1, False, None), (2, False, "0"), (0, True, None), (0, False, None), (1, False, "-1")]
+    vms = []
+    for number in range(randomness.randint(2, 5)):
+        disks, stateless, period = randomness.choice(kinds)
+        on = randomness.choice(names)
+        vms.append(ScenarioVm(f"vm{number}", on, "64MiB", disks, stateless, number % 2, period))
+    return vms
+
+
+@attrs.define
+class Chaos:
+    world: World
+    randomness: random.Random
+    vms: list[ScenarioVm]
+
+    def disturb(self) -> None:
+        """One random thing."""
+        self.randomness.choice(self._choices())()
+
+    def _choices(self) -> list[Callable[[], None]]:
+        return [
+            self._isolate,
+            self._isolate,
+            self._cut,
+            self._cut,
+            self._heal,
+            self._heal,
+            self._kill,
+            self._start_something,
+            self._start_something,
+            self._pause,
+            self._service,
+            self._kill_vm,
+            self._command,
+            self._command,
+        ]
+
+    def _fault(self, verb: str, *args: str, flags: tuple[str, ...] = ()) -> None:
+        do = Do(verb, args, flags)
+        self.world.note("#", str(do))
+        apply_fault(self.world, do)
+
+    def _node(self) -> str:
+        return self.randomness.choice(self.world.names)
+
+    def _isolate(self) -> None:
+        self._fault("isolate", self._node(), flags=self.randomness.choice([(), (), ("--storage",)]))
+
+    def _cut(self) -> None:
+        ends = self.randomness.sample([*self.world.names, "store", "diskd"], 2)
+        self._fault("cut", *ends, flags=self.randomness.choice([(), ("--one-way",)]))
+
+    def _heal(self) -> None:
+        self._fault("heal")
+
+    def _kill(self) -> None:
+        name = self._node()
+        self._fault("kill", self.randomness.choice([name, f"{name}.clusterd", f"{name}.clusterd"]))
+
+    def _start_something(self) -> None:
+        for service in ("store", "diskd"):
+            self._fault("start", service)
+        self._fault("start", self._node())
+
+    def _pause(self) -> None:
+        host = self.world.hosts[self._node()]
+        if host.paused_at is not None:
+            self._fault("resume", host.name)
+        elif host.core is not None:
+            self._fault("pause", host.name)
+            stalled = int(self.randomness.random() * 3 * SECOND)
+            self.world.after(stalled, lambda: self.world.resume(host))
+
+    def _service(self) -> None:
+        self._fault("kill", self.randomness.choice(["store", "diskd"]))
+
+    def _kill_vm(self) -> None:
+        for host in self.world.hosts.values():
+            for process in list(host.hypervisor.processes.values())[:1]:
+                if self.randomness.random() < 0.5:
+                    self.world.note("#", f"kill {host.name}.{process.vm}")
+                    self.world.end_process(host, process, 1, "killed")
+
+    def _command(self) -> None:
+        vm, node = self.randomness.choice(self.vms).name, self._node()
+        choices: list[c.Command] = [
+            c.StopVm(vm),
+            c.StartVm(vm),
+            c.StartVm(vm),
+            c.MoveVm(vm, node),
+            c.FailoverVm(vm),
+            c.PauseNode(node),
+            c.PauseNode(node, drain=True),
+            c.ResumeNode(node),
+            c.ResumeNode(node),
+            c.ClearQuarantine(node),
+        ]
+        command = self.randomness.choice(choices)
+        self.world.note("#", repr(command))
+        self.world.command(self._node(), command)
+
+    # -- coming to rest
+
+    def mend(self) -> None:
+        """Faults stop: every link, service and host works again."""
+        self._fault("heal")
+        for service in ("store", "diskd"):
+            self._fault("start", service)
+        for host in self.world.hosts.values():
+            self.world.resume(host)
+            self.world.power_on(host)
+
+    def unrest(self) -> list[str]:
+        """What has not come to rest, in words."""
+        world = self.world
+        status = choose_status(world.statuses())
+        if status is None or len(world.statuses()) < len(world.names):
+            return ["a clusterd does not answer"]
+        found = [f"{name} is {n['state']}" for name, n in status["nodes"].items() if not self._is_well(n)]
+        if status["leader"] is None:
+            found.append("there is no leader")
+        for vm, entry in status["vms"].items():
+            live = world.processes_of(vm)
+            where = [(host.name, process.epoch) for host, process in live]
+            if entry["state"] not in RESTING:
+                found.append(f"{vm} is {entry['state']}: {entry['reason']}")
+            elif entry["state"] == "online" and where != [(entry["owner"], entry["epoch"])]:
+                found.append(f"{vm} is shown online as {entry['owner']}@{entry['epoch']}, but runs {where}")
+            elif entry["state"] != "online" and where:
+                found.append(f"{vm} is shown {entry['state']}, but runs {where}")
+            elif entry["state"] == "held" and not entry["reason"]:
+                found.append(f"{vm} is held without a reason")
+        return found
+
+    def _is_well(self, node: dict[str, Any]) -> bool:
+        return node["state"] in ("up", "paused")
+
+
+def run_chaos(seed: int, seconds: int = 40) -> ChaosResult:
+    """One seed: safety, then liveness."""
+    randomness = random.Random(seed)
+    names = [f"n{number}" for number in range(1, randomness.randint(2, 5) + 1)]
+    world = World(names, seed=seed)
+    world.write_interval_ns = 500 * MILLISECOND
+    chaos = Chaos(world, randomness, _vms(randomness, names))
+    failures: list[str] = []
+    try:
+        world.set_properties(lab_properties(PROPERTIES))
+        world.start_all()
+        world.run_for(3 * SECOND)
+        for vm in chaos.vms:
+            world.command(names[0], c.AddVm(vm_config(vm)))
+        world.run_for(2 * SECOND)
+        while world.now < seconds * SECOND:
+            chaos.disturb()
+            world.run_for(int(randomness.random() * 3 * SECOND))
+        chaos.mend()
+        if not world.run_while(lambda: bool(chaos.unrest()), world.now + SETTLE_NS, SECOND):
+            failures += [f"L1: {text}" for text in chaos.unrest()]
+        for image in sorted(world.storage.images):
+            if world.storage.report(image).overlaps:
+                failures.append(f"S1: overlaps in the journal of {image}")
+    except InvariantBroken as error:
+        failures.append(str(error))
+    return ChaosResult(seed, failures, world.trace, frozenset(world.noted))
