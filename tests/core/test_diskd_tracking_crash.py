@@ -4,7 +4,10 @@ import contextlib
 from random import Random
 
 import pytest
+from step_contract import steps
 
+from diskd.core.steps import Sync, Truncate
+from diskd.errors import Damaged, NoSuchPoint
 from diskd.sim.disk import Crashed
 from diskd.sim.image import SimImage
 
@@ -128,3 +131,56 @@ def test_without_a_crash_every_answer_is_exact() -> None:
         image.settle()
         assert image.power_on().how == "clean"
         image.check_complete()
+
+
+def damage(image: SimImage) -> None:
+    """Bits flipped, a stretch zeroed, or the end cut off, in one of the side files."""
+    rng = image.rng
+    name = rng.choice([name for name in image.disk.names() if name != "disk.raw"])
+    content = image.disk.peek(name)
+    # Most bytes are unused pages; the first ones and those that are not zero matter.
+    used = [index for index in range(0, len(content), 64) if any(content[index : index + 64])]
+    position = min(rng.choice(used) + rng.randrange(64), len(content) - 1)
+    if rng.random() < 0.7:
+        image.disk.poke(name, position, bytes([content[position] ^ 1 << rng.randrange(8)]))
+    elif rng.random() < 0.5:
+        image.disk.poke(name, position, bytes(min(600, len(content) - position)))
+    else:
+        image.disk.run(steps(Truncate(name, position), Sync(name)))
+
+
+def check_or_refused(image: SimImage) -> bool:
+    """T4: every answer is still a superset, or is refused. True where all were answered."""
+    answered = True
+    for point in image.tracker.catalogue.points:
+        try:
+            if point.state != "pending":
+                image.check_point(point.id)
+        except (Damaged, NoSuchPoint):
+            answered = False
+    return answered
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [*KINDS, "clean"])
+def test_damage_is_refused_and_never_a_silent_gap(kind: str) -> None:
+    answers = set()
+    for seed in range(300, 420):
+        image = prepared(seed)
+        begin_story(image)
+        image.settle()
+        if kind == "clean":
+            image.spawn(image.close())
+            image.settle()
+        crash(image, "daemon" if kind == "clean" else kind)
+        damage(image)
+        image.power_on()
+        answers.add(check_or_refused(image))
+        # And it can be used again: a new point is exact.
+        image.spawn(image.random_write())
+        image.spawn(image.cut())
+        image.spawn(image.random_write())
+        image.settle()
+        check_or_refused(image)
+        assert image.changes_since(image.tracker.catalogue.points[-1].id).exact
+    assert answers == {True, False}

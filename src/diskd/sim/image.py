@@ -1,7 +1,7 @@
 """The crash-anywhere harness of tracking: one image on a simulated disk, driven by interleaved tasks.
 
 The tasks mirror shell/image.py and shell/cut.py turn for turn; the decisions and the durable sequences are
-the very same core code. A task yields the step that it wants executed, or None where it waits for another one;
+the very same core code. A task yields the step that it wants executed, or None where it waits for another;
 a seeded scheduler picks who goes on. Beside it runs a naive oracle: the raw content at every cut, and the set
 of blocks that were admitted since. ``check`` compares every answer with both.
 """
@@ -315,7 +315,6 @@ class SimImage:
 
     def check(self) -> None:
         """T2, T3 and B3 against the oracle. Raises OracleMismatch."""
-        now = self.disk.content(RAW)
         known = {point.id: point for point in self.tracker.catalogue.points}
         if gone := self.confirmed - self.deleting - known.keys():
             raise OracleMismatch(f"{sorted(gone)} were valid and are gone")
@@ -323,7 +322,7 @@ class SimImage:
             if point.state == "invalid":
                 raise OracleMismatch(f"{point.id} became invalid: {point.reason}")
             if point.state == "valid":
-                self._check_point(point.id, now)
+                self.check_point(point.id)
         valid = [point.id for point in known.values() if point.state == "valid"]
         for older, newer in itertools.pairwise(valid):
             _require_superset(
@@ -333,8 +332,10 @@ class SimImage:
                 f"{older}..{newer}",
             )
 
-    def _check_point(self, point: str, now: dict[int, bytes]) -> None:
+    def check_point(self, point: str) -> None:
+        """The answer for one point. Raises OracleMismatch, or whatever the asking raises (T4)."""
         cut, answer = self.oracle[point], self.changes_since(point)
+        now = self.disk.content(RAW)
         reported = _blocks(answer)
         _require_superset(cut.content, now, reported, point)
         excess = reported - cut.admitted
