@@ -172,6 +172,9 @@ class _Backup:
 
     async def send(self) -> None:
         """Returns when the target has committed."""
+        # Whoever wants to look at the frozen disks meanwhile finds them as IMAGE:CHECKPOINT.
+        frozen = {"checkpoint": self.frozen.checkpoint, "point": self.frozen.point}
+        await self.report({"step": "frozen", "vm": self.request.vm, **frozen})
         async with connect(self.target, key=self.key) as client:
             with trio.fail_after(CONTACT_SECONDS_MAX):
                 await self._settle(client)

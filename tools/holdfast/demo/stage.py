@@ -119,6 +119,14 @@ class Stage:
         self.environment["HOLDFAST_DISKD"] = self.lab["diskd"]["control"]
         self.environment["HOLDFAST_TARGET"] = self.lab["target"]["listen"]
 
+    def address_of(self, source: str, destination: str) -> str:
+        """Where ``source`` reaches ``destination``: a link proxy, unlike the addresses in lab.json."""
+        state = json.loads((self.lab_directory / "state.json").read_text())
+        for route in state["layout"]["routes"]:
+            if (route["source"], route["destination"], route["kind"]) == (source, destination, "tcp"):
+                return str(route["listen"])
+        raise DemoFailed(f"the lab has no link from {source} to {destination}")
+
     def lab_do(self, *argv: str) -> str:
         return self.command("lab", *argv, "--dir", str(self.lab_directory))
 

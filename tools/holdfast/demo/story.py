@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -32,7 +33,7 @@ PROPERTIES = {
     "quarantine_threshold": "3",
     "quarantine_duration": "10s",
 }
-FAULT_EXECUTION_SECONDS = 2.0
+TARGET_DELAY = "150ms"
 
 
 @attrs.frozen
@@ -103,12 +104,13 @@ class Story:
     def backup(self, title: str, *options: str) -> Backup:
         """Back up under load, and copy both frozen disks through NBD meanwhile: the independent truth.
 
-        The target is stopped while the copies are made, so that the checkpoint stands long enough. The
-        guest must not notice (B2): it has to go on writing while the target does not answer.
+        The target is far away (its link is slow), and it is stopped as soon as the disks are frozen, so
+        that the checkpoint stands while the copies are made. The guest must not notice (B2): it has to go
+        on writing while the target does not answer.
         """
         stage = self.stage
-        stage.lab_do("pause", "target")
         argv: tuple[str, ...] = ("diskctl", "backup", "--vm", VM, "--image", SYSTEM, "--image", JOURNAL)
+        argv += ("--target", stage.address_of("diskd", "target"))
         argv += ("--config", str(stage.directory / "web.toml"), "--json", *options)
         process = subprocess.Popen(
             stage.binary(argv),
@@ -119,13 +121,14 @@ class Story:
         )
         try:
             checkpoint = self._checkpoint_of(process)
+            os.kill(stage.lab["target"]["pid"], signal.SIGSTOP)
             copies = {}
             for name, image in (("system", SYSTEM), ("journal", JOURNAL)):
                 copies[name] = stage.directory / f"truth-{len(self.backups)}-{name}.raw"
                 disk.copy_out(self.nbd_uri(f"{image}:{checkpoint}"), copies[name])
             self.wait_writing(5)
         finally:
-            stage.lab_do("resume", "target")
+            os.kill(stage.lab["target"]["pid"], signal.SIGCONT)
         out, err = process.communicate(timeout=COMMAND_SECONDS_MAX)
         if process.returncode:
             raise DemoFailed(f"{title} failed: {err.strip()}")
@@ -180,6 +183,7 @@ def begin(story: Story) -> None:
     stage = story.stage
     stage.chapter("a", "three nodes, and a VM with two disks")
     stage.lab_up(3, PROPERTIES)
+    stage.lab_do("delay", "diskd", "target", TARGET_DELAY)
     stage.say("n1, n2, n3, their store, diskd and the backup target run, every link through a proxy")
     _make_disks(story)
     _add_vm(story)
@@ -415,10 +419,13 @@ def throw_away_shared_memory(stage: Stage) -> int:
     """Remove the active bitmaps of this lab's images from shared memory; returns how many there were."""
     status = stage.lab["diskd"]
     directory = Path(status.get("shared_dir", "/dev/shm"))
-    identities = {(path.parent / "image.toml").read_text() for path in stage.lab_directory.rglob("disk.raw")}
+    identities = {
+        (path.parent / "image.toml").read_text().replace("-", "")
+        for path in stage.lab_directory.rglob("disk.raw")
+    }
     count = 0
     for path in sorted(directory.glob("holdfast-*")):
-        uuid = path.name.removeprefix("holdfast-").split(".")[0]
+        uuid = path.name.removeprefix("holdfast-").split("-")[0]
         if any(uuid in identity for identity in identities):
             path.unlink()
             count += 1
