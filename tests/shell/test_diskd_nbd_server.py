@@ -266,6 +266,15 @@ async def test_drop_finishes_what_runs_and_says_so() -> None:
         await wire.ends()
 
 
+async def test_a_dropped_connection_reads_no_more_requests() -> None:
+    async with serving() as harness:
+        wire = await harness.open()
+        harness.catalog.drops[0]("fenced")
+        with contextlib.suppress(trio.BrokenResourceError):
+            await wire.stream.send_all(client.request(client.READ, 0, 512))
+            assert await wire.stream.receive_some(1) == b""
+
+
 async def test_drop_does_not_wait_for_a_peer_that_does_not_read() -> None:
     async with serving(MemoryDevice(64 * MiB)) as harness:
         wire = await harness.open()
