@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import nbd_client as client
 import pytest
 import trio
 from diskd_process import BINARIES, DiskdProcess, diskd
@@ -110,6 +111,67 @@ async def test_a_kill_under_load_forgets_no_change(tmp_path: Path) -> None:
         assert "full backup" in await daemon.refuses("changes", "d", "--since", "rp-0123456789abcdef")
         await daemon.do("point", "delete", "d", point)
         assert await daemon.json("point", "list", "d") == []
+
+
+async def write_until_it_breaks(
+    address: str, export: str, sent: list[int], acknowledged: list[int], *, depth: int = 16
+) -> None:
+    """Random 4 KiB writes, ``depth`` of them in flight, until the server goes away."""
+    host, _, port = address.rpartition(":")
+    generator = random.Random(11)
+    async with await trio.open_tcp_stream(host, int(port)) as stream:
+        data = b""
+
+        async def receive(count: int) -> bytes:
+            nonlocal data
+            while len(data) < count:
+                part = await stream.receive_some(65536)
+                if not part:
+                    raise trio.BrokenResourceError
+                data += part
+            taken, data = data[:count], data[count:]
+            return taken
+
+        await stream.send_all(client.FIXED_NO_ZEROES + client.go(export))
+        await receive(client.GREETING_BYTES)
+        while (header := struct.unpack(">QIII", await receive(20)))[2] != client.ACK:
+            assert header[2] == client.REP_INFO
+            await receive(header[3])
+        with contextlib.suppress(trio.BrokenResourceError):
+            while True:
+                while len(sent) - len(acknowledged) < depth:
+                    block = generator.randrange(16_000)
+                    sent.append(block)
+                    payload = struct.pack(">Q", len(sent)) * 512
+                    await stream.send_all(
+                        client.request(client.WRITE, block * 4096, cookie=len(sent) - 1, data=payload)
+                    )
+                _, error, cookie = struct.unpack(">IIQ", await receive(16))
+                assert error == 0
+                acknowledged.append(sent[cookie])
+
+
+async def test_a_kill_in_the_middle_of_writes(tmp_path: Path) -> None:
+    """T1 and T2 with requests in flight: every acknowledged block is reported, and nothing never sent."""
+    sent: list[int] = []
+    acknowledged: list[int] = []
+    async with diskd(tmp_path / "root") as daemon:
+        await daemon.do("image", "create", "d", "64MiB")
+        point = await make_point(daemon, "d")
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(write_until_it_breaks, daemon.ready["nbd"], "d", sent, acknowledged)
+            while len(acknowledged) < 2000:
+                await trio.lowlevel.checkpoint()
+            await daemon.end(signal.SIGKILL)
+        await daemon.start()
+        changes = await daemon.json("changes", "d", "--since", point)
+        reported = {
+            block
+            for offset, length in changes["extents"]
+            for block in range(offset // 4096, (offset + length) // 4096)
+        }
+        assert set(acknowledged) <= reported <= set(sent)
+        assert changes["exact"]
 
 
 class Shell:
