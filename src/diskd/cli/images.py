@@ -10,6 +10,7 @@ from daemonkit.diskd_api import ImageName
 from daemonkit.errors import OperatorError
 from daemonkit.units import format_size
 from diskd.cli.calling import SECONDS_UNBOUNDED, Diskd, json_option, pass_diskd, print_table
+from diskd.cli.progress import Progress
 from diskd.core import calls
 from diskd.core.inventory import ImageInfo
 
@@ -71,7 +72,11 @@ def create(diskd: Diskd, name: str, size: int, as_json: bool) -> None:
 def import_(diskd: Diskd, name: str, file: Path, as_json: bool) -> None:
     """Make an image NAME with the content of FILE (on diskd's host): raw, or what qemu-img converts."""
     params = calls.ImportImage(name, str(file.absolute()))
-    info = diskd.call(calls.IMAGE_IMPORT, params, seconds_max=SECONDS_UNBOUNDED)
+    progress = Progress(as_json=False)
+    try:
+        info = diskd.call(calls.IMAGE_IMPORT, params, seconds_max=SECONDS_UNBOUNDED, on_progress=progress)
+    finally:
+        progress.finish()
     if as_json:
         print_json(document(info))
     else:

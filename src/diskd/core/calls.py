@@ -11,6 +11,9 @@ from daemonkit.diskd_api import BackupDisk, ImageName
 from daemonkit.methods import Method
 from diskd.core.inventory import ChangesInfo, CheckpointInfo, ImageInfo, PointInfo
 
+# An answer is at most 16 MiB; an extent takes up to 19 bytes of it.
+CHANGES_EXTENTS_MAX: Final = 800_000
+
 
 @attrs.frozen
 class Nothing:

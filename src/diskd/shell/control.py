@@ -135,7 +135,13 @@ class Control:
         return calls.Nothing()
 
     async def _changes(self, params: calls.PointName, _call: Call) -> ChangesInfo:
-        return self._library.changes(params.image, params.point)
+        found = self._library.changes(params.image, params.point)
+        if len(found.extents) > calls.CHANGES_EXTENTS_MAX:
+            raise Refused(
+                f"{params.image} changed in {len(found.extents)} extents, more than one answer holds"
+                f" ({calls.CHANGES_EXTENTS_MAX}): begin a checkpoint and read its dirty bitmap over NBD"
+            )
+        return found
 
     async def _checkpoint_begin(self, params: calls.BeginCheckpoint, _call: Call) -> CheckpointInfo:
         frozen = await self._library.begin_checkpoint(params.vm, params.disks, params.config, held_by="hand")
