@@ -148,7 +148,7 @@ class Story:
         """The checkpoint's id, from the progress lines of a running backup."""
         assert process.stdout is not None
         for line in process.stdout:
-            checkpoint = json.loads(line).get("checkpoint")
+            checkpoint = json.loads(line).get("progress", {}).get("checkpoint")
             if checkpoint:
                 return str(checkpoint)
         assert process.stderr is not None
