@@ -16,6 +16,11 @@ from typing import Any
 import attrs
 import trio
 
+from clusterd.cli.ctl_client import Cluster
+from clusterd.core import calls
+from clusterd.core.commands import SetProperty
+from daemonkit.ports import Address
+
 DEADLINE_S = 30
 POLL_S = 0.05
 FAST = {"heartbeat_interval": "100ms", "heartbeat_threshold": "8", "store_session": "2s"}
@@ -112,6 +117,8 @@ class Trio:
     directory: Path
     members: dict[str, Member]
     store: trio.Process
+    diskd: str | None = None
+    daemons: list[trio.Process] = attrs.field(factory=list)
 
     async def ctl(self, *words: str) -> subprocess.CompletedProcess[bytes]:
         addresses = " ".join(member.control for member in self.members.values() if member.process)
@@ -124,14 +131,29 @@ class Trio:
                 check=False,
             )
 
+    async def diskctl(self, *words: str) -> str:
+        assert self.diskd is not None
+        argv = [str(BIN / "diskctl"), "--control", self.diskd, *words]
+        with trio.fail_after(DEADLINE_S):
+            done = await trio.run_process(argv, capture_stdout=True)
+        return done.stdout.decode()
+
     async def ok(self, *words: str) -> str:
         done = await self.ctl(*words)
         assert done.returncode == 0, f"clusterctl {' '.join(words)}: {done.stderr.decode()}"
         return done.stdout.decode()
 
+    def reach(self, of: str | None = None) -> Cluster:
+        """What clusterctl would ask, without a process of its own for each of many questions."""
+        asked = [self.members[of]] if of else [member for member in self.members.values() if member.process]
+        return Cluster(tuple(Address.parse(member.control) for member in asked), None)
+
     async def status(self, *, of: str | None = None) -> dict[str, Any]:
-        where = ("--node", self.members[of].control) if of else ()
-        return json.loads(await self.ok(*where, "status", "--json"))
+        return (await self.reach(of).ask(calls.STATUS, calls.Nothing(), repeatable=True)).document
+
+    async def set(self, **properties: str) -> None:
+        for name, value in properties.items():
+            await self.reach().ask(calls.PROPERTY_SET, SetProperty(name, value), repeatable=False)
 
     async def until(
         self, holds: Callable[[dict[str, Any]], object], what: str, *, of: str | None = None
@@ -165,7 +187,9 @@ def vm_is(name: str, state: str, **facts: object) -> Callable[[dict[str, Any]], 
     return holds
 
 
-def write_members(directory: Path, count: int, witness: str) -> dict[str, Member]:
+def write_members(
+    directory: Path, count: int, witness: str, diskd: dict[str, Any] | None = None
+) -> dict[str, Member]:
     names = [f"n{number}" for number in range(1, count + 1)]
     controls = dict(zip(names, free_ports(count, socket.SOCK_STREAM), strict=True))
     beats = dict(zip(names, free_ports(count, socket.SOCK_DGRAM), strict=True))
@@ -194,6 +218,8 @@ listen = "127.0.0.1:{beats[name]}"
                     f'[peers.{peer}]\ncontrol = "127.0.0.1:{controls[peer]}"\n'
                     f'networks.a = "127.0.0.1:{beats[peer]}"\n'
                 )
+        if diskd is not None:
+            text += f'[diskd.main]\nnbd = "{diskd["nbd"]}"\ncontrol = "{diskd["control"]}"\n'
         (home / "node.toml").write_text(text)
         members[name] = Member(name, home, f"127.0.0.1:{controls[name]}", home / "node.toml")
         members[name].boot()
@@ -201,23 +227,45 @@ listen = "127.0.0.1:{beats[name]}"
 
 
 @contextlib.asynccontextmanager
-async def running_trio(directory: Path, count: int = 3) -> AsyncIterator[Trio]:
-    """All of them up with fast heartbeats; afterwards none of them, and none of their VMs, is left."""
+async def running_trio(directory: Path, count: int = 3, *, disks: bool = False) -> AsyncIterator[Trio]:
+    """All of them up with fast heartbeats; afterwards none of them, and none of their VMs, is left.
+
+    ``disks``: with a diskd that every node reaches under the name ``main``.
+    """
     os.environ["TRIO"] = str(directory)
-    argv = [str(BIN / "clusterd"), "witness", "--data", str(directory / "store"), "--listen", "127.0.0.1:0"]
-    store, ready = await start(argv, directory / "witness.log")
-    members = write_members(directory, count, ready["url"])
-    cluster = Trio(directory, members, store)
+    daemons: list[trio.Process] = []
+    members: dict[str, Member] = {}
     try:
-        for member in members.values():
-            await member.start()
+        listen = ("--listen", "127.0.0.1:0")
+        argv = [str(BIN / "clusterd"), "witness", "--data", str(directory / "store"), *listen]
+        store, ready = await start(argv, directory / "witness.log")
+        daemons.append(store)
+        diskd = await start_diskd(directory, daemons) if disks else None
+        members |= write_members(directory, count, ready["url"], diskd)
+        cluster = Trio(directory, members, store, diskd["control"] if diskd else None, daemons)
+        async with trio.open_nursery() as nursery:
+            for member in members.values():
+                nursery.start_soon(member.start)
         await cluster.until(lambda document: len(document["nodes"]) == count and all_up(document), "all up")
-        for name, value in FAST.items():
-            await cluster.ok("set", name, value)
+        await cluster.set(**FAST)
         yield cluster
     finally:
         with trio.CancelScope(shield=True, deadline=trio.current_time() + DEADLINE_S):
             for member in members.values():
                 await member.power_off()
-            store.kill()
-            await store.wait()
+            for daemon in daemons:
+                daemon.kill()
+                await daemon.wait()
+
+
+def make_directory(path: Path) -> None:
+    path.mkdir()
+
+
+async def start_diskd(directory: Path, daemons: list[trio.Process]) -> dict[str, Any]:
+    make_directory(directory / "diskd")
+    argv = [str(BIN / "diskd"), "run", "--root", str(directory / "diskd")]
+    argv += ["--nbd", "127.0.0.1:0", "--control", "127.0.0.1:0"]
+    process, ready = await start(argv, directory / "diskd.log")
+    daemons.append(process)
+    return ready

@@ -6,6 +6,7 @@ The client is the same for both; so whatever the witness gets wrong about etcd s
 import contextlib
 import shutil
 import socket
+import sqlite3
 from collections.abc import AsyncIterator, Callable
 from functools import partial
 from pathlib import Path
@@ -15,10 +16,19 @@ import httpx
 import pytest
 import trio
 
-from clusterd.core.witness_store import Compare, Delete, Put, Range, Relation, Target
+from clusterd.core.witness_store import (
+    Changes,
+    Compare,
+    Delete,
+    Put,
+    Range,
+    Relation,
+    StoreRefusal,
+    Target,
+)
 from clusterd.errors import StoreUnknown
 from clusterd.shell.store import StoreClient, prefix_end
-from clusterd.shell.witness import serve_witness
+from clusterd.shell.witness import Database, Witness, serve_witness
 from daemonkit.errors import OperatorError
 from daemonkit.ports import Address
 from daemonkit.units import SECOND
@@ -241,6 +251,31 @@ async def test_two_witnesses_on_one_directory_and_a_port_in_use(tmp_path: Path) 
         address = Address.parse(url.removeprefix("http://"))
         with pytest.raises(OperatorError, match="cannot listen"):
             await serve_witness(tmp_path / "two", address)
+
+
+class FullDatabase(Database):
+    """A database whose next commits fail, as on a full disk."""
+
+    failing = False
+
+    def commit(self, changes: Changes) -> None:
+        if self.failing:
+            raise sqlite3.OperationalError("database or disk is full")
+        super().commit(changes)
+
+
+async def test_what_cannot_be_made_durable_is_not_seen_either(tmp_path: Path) -> None:
+    with contextlib.closing(FullDatabase(tmp_path / "witness.sqlite3")) as database:
+        witness = Witness(database)
+        put = {"success": [{"request_put": {"key": "aw==", "value": "MQ=="}}]}
+        before = await witness.range({"key": "aw=="})
+        database.failing = True
+        with pytest.raises(StoreRefusal, match="cannot write"):
+            await witness.txn(put)
+        assert await witness.range({"key": "aw=="}) == before
+        database.failing = False
+        await witness.txn(put)
+        assert (await witness.range({"key": "aw=="}))["kvs"][0]["value"] == "MQ=="
 
 
 async def test_a_damaged_database_is_refused(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ class Peer:
     hears: dict[str, tuple[tuple[int, int], int]] = attrs.field(factory=dict)
     in_contact: bool = False
     isolation_ns: int = 0  # what its newest heartbeat said that it goes by
-    met: bool = False  # has been in contact since this clusterd began
+    met: bool = False  # has been in contact, and has heard us, since this clusterd began
 
 
 @attrs.define
@@ -161,7 +161,8 @@ class Contacts:
             verdict = self.judge(peer, now)
             if verdict != peer.in_contact:
                 peer.in_contact = verdict
-                peer.met = peer.met or verdict
+                # A relay of an older us proves nothing: only who knows this incarnation of ours was met.
+                peer.met = peer.met or (verdict and peer.acknowledged_at is not None)
                 changed.append(peer)
         return changed
 
@@ -192,7 +193,10 @@ class Contacts:
         self.sent = {sequence: at + duration_ns for sequence, at in self.sent.items()}
 
     def reachability(self, now: int) -> dict[str, dict[str, str]]:
-        """Who hears whom: ``both``, ``in`` (the row's node hears the column's), ``out``, ``none``."""
+        """Who hears whom: ``both``, ``in`` (the row's node hears the column's), ``out``, ``none``.
+
+        Our own row's ``in`` is direct evidence. Whether others hear is what their own heartbeats say, by
+        any route, and so is unknown (shown as not) where their heartbeats do not arrive here."""
 
         def hears(a: str, b: str) -> bool:
             if a == self.name:
