@@ -184,3 +184,20 @@ def test_damage_is_refused_and_never_a_silent_gap(kind: str) -> None:
         check_or_refused(image)
         assert image.changes_since(image.tracker.catalogue.points[-1].id).exact
     assert answers == {True, False}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_lost_root_on_which_closed_regions_rely_is_noticed(kind: str) -> None:
+    image = prepared(1)
+    for _ in range(2):
+        image.spawn(image.random_write())
+        image.settle()
+        image.spawn(image.flush())
+        image.settle()
+    assert not image.tracker.open_count
+    image.disk.poke("disk.rct", image.tracker.root.sequence % 2 * 4096 + 130, b"rot")
+    crash(image, kind)
+    recovered_as = image.power_on()
+    assert recovered_as.how == "new_generation"
+    assert "older than" in (recovered_as.reason or "")
+    assert all(point.state == "invalid" for point in image.tracker.catalogue.points)
