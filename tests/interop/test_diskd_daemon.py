@@ -243,6 +243,43 @@ async def test_a_stock_client_is_fenced(tmp_path: Path) -> None:
         assert again == await daemon.json("lease", "show", "d")
 
 
+async def test_one_connection_at_a_time_under_an_epoch(tmp_path: Path) -> None:
+    need("qemu-io")
+    async with diskd(tmp_path / "root") as daemon:
+        await daemon.do("image", "create", "d", "16MiB")
+        await daemon.do("lease", "acquire", "d", "--epoch", "5", "--holder", "n1/web")
+        async with interactive(f"{daemon.nbd}/d@5") as first:
+            assert "wrote" in await first.ask("write -P 1 0 64k")
+            async with interactive(f"{daemon.nbd}/d@5") as second:
+                assert "read 65536/65536" in await second.ask("read -P 1 0 64k")
+                assert "wrote" not in await first.ask("write -P 2 0 64k")
+                assert "wrote" in await second.ask("write -P 3 64k 64k")
+                assert "read 65536/65536" in await second.ask("read -P 1 0 64k")
+        await daemon.do("lease", "release", "d", "--epoch", "5", "--holder", "n1/web")
+        assert (await run("qemu-io", "-f", "raw", "-c", "read 0 512", f"{daemon.nbd}/d@5")).code != 0
+        shown = await daemon.json("lease", "show", "d")
+        assert shown == {"image": "d", "epoch": 5, "holder": None}
+        await qemu_io(f"{daemon.nbd}/d", "read -P 1 0 64k")
+
+
+async def test_a_prepared_epoch_reads_and_is_promoted(tmp_path: Path) -> None:
+    need("qemu-io")
+    async with diskd(tmp_path / "root") as daemon:
+        await daemon.do("image", "create", "d", "16MiB")
+        await daemon.do("lease", "acquire", "d", "--epoch", "1", "--holder", "n1/web")
+        async with interactive(f"{daemon.nbd}/d@1") as source:
+            assert "wrote" in await source.ask("write -P 1 0 64k")
+            await daemon.do("lease", "prepare", "d", "--epoch", "2", "--holder", "n2/web")
+            async with interactive(f"{daemon.nbd}/d@2") as destination:
+                assert "read 65536/65536" in await destination.ask("read -P 1 0 64k")
+                assert "Operation not permitted" in await destination.ask("write -P 2 0 64k")
+                assert "wrote" in await source.ask("write -P 1 64k 64k")
+                await daemon.do("lease", "acquire", "d", "--epoch", "2", "--holder", "n2/web")
+                assert "wrote" not in await source.ask("write -P 9 0 64k")
+                assert "wrote" in await destination.ask("write -P 2 128k 64k")
+                assert "read 131072/131072" in await destination.ask("read -P 1 0 128k")
+
+
 async def test_stock_tools_refuse_the_raw_file_while_it_is_served(tmp_path: Path) -> None:
     need("qemu-img")
     async with diskd(tmp_path / "root") as daemon:

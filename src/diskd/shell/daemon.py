@@ -5,10 +5,13 @@ the call itself), then no new NBD clients, then those that are there are sent ho
 closed. A second signal does not hurry it: an image that is not closed cleanly costs exactness at most.
 """
 
+import contextlib
+import resource
 import signal
 from collections.abc import AsyncIterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Final
 
 import attrs
 import structlog
@@ -22,6 +25,9 @@ from diskd.shell.backup import register_backup
 from diskd.shell.control import Control, Listening
 from diskd.shell.library import Library, open_library
 from diskd.shell.nbd_server import NbdServer
+
+# Far above what 64 hosts need; a bound all the same, since some kernels pay for each possible one.
+_FILES_MAX: Final = 65536
 
 log = structlog.get_logger("daemon")
 
@@ -37,10 +43,19 @@ class Listen:
 
 async def run_daemon(root: Path, settings: Settings, listen: Listen, keys: Sequence[bytes]) -> None:
     """Serve ``root`` until SIGTERM or SIGINT. Raises OperatorError for what cannot be served."""
+    _raise_file_limit()
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async with open_library(root, settings.library()) as library:
             await _serve(library, root, settings, listen, keys, signals)
     log.info("daemon.stopped")
+
+
+def _raise_file_limit() -> None:
+    """A connection takes a descriptor and an image several: the usual soft limit of 1,024 is soon reached."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limit = _FILES_MAX if hard == resource.RLIM_INFINITY else min(hard, _FILES_MAX)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
 
 
 async def _serve(
