@@ -5,9 +5,10 @@ from pathlib import Path
 import click
 
 from daemonkit.cli import ADDRESS, announce_ready, run_async, run_main
-from daemonkit.errors import OperatorError
+from daemonkit.errors import OperatorError, UsageError
 from daemonkit.log import LEVELS, set_up
 from daemonkit.ports import Address
+from daemonkit.units import SECOND
 
 FILE = click.Path(path_type=Path, dir_okay=False)
 DIRECTORY = click.Path(path_type=Path, file_okay=False)
@@ -57,6 +58,29 @@ def witness(data: Path, listen: Address, log_level: str) -> None:
 
     set_up(level=log_level)
     run_async(lambda: run_witness(data, listen, announce_ready))
+
+
+@cli.command()
+@click.argument("scenario", type=click.Path(path_type=Path), metavar="scenarios/NAME")
+@click.option("--seed", type=int, default=None, help="Another seed than the scenario's own.")
+@click.option("--rewrite", is_flag=True, help="Replace the scenario's expect.trace with what came out.")
+def simulate(scenario: Path, seed: int | None, rewrite: bool) -> None:
+    """Run a scenario in the simulator, and print its trace.
+
+    The decisions are those of `clusterd run`, in virtual time: equal scenario and seed give equal lines.
+    Exit code 1 where an expectation of the scenario did not come true.
+    """
+    from clusterd.sim import run as simulator
+
+    if rewrite and seed is not None:
+        raise UsageError("--rewrite takes the scenario's own seed")
+    result = simulator.rewrite(scenario) if rewrite else simulator.simulate(scenario, seed)
+    for line in result.trace:
+        click.echo(line)
+    if result.failures:
+        raise OperatorError(f"{result.name} with seed {result.seed} failed: {'; '.join(result.failures)}")
+    seconds = result.virtual_ns / SECOND
+    click.echo(f"{result.name}: passed with seed {result.seed}, {seconds:.1f} s of virtual time", err=True)
 
 
 @cli.command()
