@@ -448,3 +448,24 @@ async def test_a_backups_checkpoint_becomes_pending_at_a_restart(tmp_path):
         again = await library.begin_checkpoint("web", disks("a"), "")
         assert again.pending == [frozen.point]
         await again.end("discard")
+
+
+async def test_writers_of_one_block_lose_nothing_to_each_others_copy_up(tmp_path):
+    async with serving(tmp_path) as library:
+        await library.create_image("a", SIZE)
+        export = await opened(library, "a")
+        await put(export.device, 0, b"0" * 32 * BLOCK)
+        await export.device.flush()
+        frozen = await library.begin_checkpoint("web", disks("a"), "")
+        async with trio.open_nursery() as nursery:
+            for block in range(32):
+                for part in range(0, BLOCK, 512):
+                    nursery.start_soon(
+                        export.device.write, block * BLOCK + part, bytes([part // 512 + 65]) * 256
+                    )
+        row = b"".join(bytes([part + 65]) * 256 + b"0" * 256 for part in range(8))
+        assert await export.device.read(0, 32 * BLOCK) == row * 32
+        await frozen.end("discard")
+        await until(lambda: library.checkpoints() == [])
+        assert await export.device.read(0, 32 * BLOCK) == row * 32
+        export.close()

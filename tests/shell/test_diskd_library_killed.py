@@ -1,0 +1,274 @@
+"""The library killed at any moment of a checkpoint's life, on real files: restarted, merged, compared."""
+
+import random
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import attrs
+import pytest
+import trio
+
+from daemonkit.diskd_api import BackupDisk
+from daemonkit.units import KiB, MiB
+from diskd.core import checkpoint
+from diskd.core.inventory import LibrarySettings
+from diskd.errors import Refused
+from diskd.shell.image import ImageSettings
+from diskd.shell.library import Library, open_library
+
+BLOCK = 4096
+SIZE = 4 * MiB
+DISKS = [BackupDisk("system", "a")]
+
+
+def shared(tmp_path: Path) -> Path:
+    path = tmp_path / "shared"
+    path.mkdir(exist_ok=True)
+    return path
+
+
+def settings(tmp_path: Path, **changes) -> LibrarySettings:
+    return LibrarySettings(shared_dir=str(shared(tmp_path)), merge_batch_bytes=16 * KiB, **changes)
+
+
+@asynccontextmanager
+async def doomed(tmp_path: Path):
+    """A library that ends as a killed process does: nothing is closed, flushed or recorded."""
+    root = tmp_path / "root"
+    for path in (root, root / "images", root / "checkpoints"):
+        path.mkdir(exist_ok=True)
+    image_settings = ImageSettings(shared_dir=shared(tmp_path))
+    async with trio.open_nursery() as nursery:
+        library = Library(root, settings(tmp_path), image_settings, nursery_that_outlives_calls=nursery)
+        await library.start()
+        yield library
+        nursery.cancel_scope.cancel(reason="killed")
+    for image in library._images.values():
+        if image.overlay is not None:
+            image.overlay.abandon()
+        image.image.abandon()
+        image.files.close()
+    library._checkpoints.close()
+
+
+class Guest:
+    """Writes at random, one call at a time, and knows what the disk must hold."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self.rng = rng
+        self.model = bytearray(SIZE)
+        self.changed: set[int] = set()
+        self.unflushed: set[int] = set()
+
+    async def work(self, device, count: int) -> None:
+        for _ in range(count):
+            kind = self.rng.choice(("write", "write", "write", "zero", "trim", "flush"))
+            if kind == "flush":
+                await device.flush()
+                self.unflushed.clear()
+                continue
+            length = self.rng.choice((1, 100, BLOCK, 3 * BLOCK, 5000, 300 * KiB))
+            offset = self.rng.randrange(0, SIZE // 2 - length)
+            if self.rng.random() < 0.5:
+                offset -= offset % BLOCK
+            data = bytes(length)
+            if kind == "write":
+                data = self.rng.randbytes(16) * (length // 16) + bytes(length % 16)
+                if not device.write_nowait(offset, data):
+                    await device.write(offset, data)
+            elif kind == "zero":
+                await device.write_zeroes(offset, length)
+            else:
+                await device.trim(offset, length)
+            self.model[offset : offset + length] = data
+            blocks = set(range(offset // BLOCK, (offset + length - 1) // BLOCK + 1))
+            self.changed |= blocks
+            self.unflushed |= blocks
+
+
+async def open_plain(library: Library):
+    return await library.open("a", peer="test", drop=lambda _: None)
+
+
+async def merged(library: Library) -> None:
+    with trio.fail_after(20):
+        while library.image("a").checkpoint is not None:  # noqa: ASYNC110 - no event tells it from outside
+            await trio.sleep(0.002)
+
+
+def reported(library: Library, point: str) -> set[int]:
+    return {
+        block
+        for start, length in library.changes("a", point).extents
+        for block in range(start // BLOCK, -(-(start + length) // BLOCK))
+    }
+
+
+async def begin_life(library: Library, guest: Guest, stage: str) -> str:
+    """Up to ``stage`` of a second checkpoint; returns the first one's point, which is valid."""
+    export = await open_plain(library)
+    await guest.work(export.device, 20)
+    frozen = await library.begin_checkpoint("web", DISKS, "")
+    guest.changed.clear()
+    await guest.work(export.device, 10)
+    await frozen.end("keep")
+    await guest.work(export.device, 10)  # during the merge
+    await merged(library)
+    await guest.work(export.device, 10)
+    if stage != "at rest":
+        second = await library.begin_checkpoint("web", DISKS, "", held_by="hand")
+        await guest.work(export.device, 30)
+        if stage == "merging":
+            await second.end("discard")
+            await guest.work(export.device, guest.rng.randrange(20))
+    return frozen.point
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["at rest", "sealed", "merging"])
+@pytest.mark.parametrize("seed", range(5))
+async def test_a_killed_daemon_loses_no_acknowledged_write(tmp_path, seed, stage):
+    guest = Guest(random.Random(seed))
+    async with doomed(tmp_path) as library:
+        await library.create_image("a", SIZE)
+        point = await begin_life(library, guest, stage)
+    async with doomed(tmp_path) as library:  # killed once more, while it recovers
+        if stage == "sealed":
+            [info] = library.checkpoints()
+            assert info.state == "sealed"
+    async with open_library(tmp_path / "root", settings(tmp_path)) as library:
+        export = await open_plain(library)
+        assert await export.device.read(0, SIZE) == guest.model
+        assert reported(library, point) == guest.changed and library.changes("a", point).exact  # T3
+        for info in library.checkpoints():
+            if info.state == "sealed":
+                await library.end_checkpoint(info.checkpoint, "discard")
+        await guest.work(export.device, 10)
+        await merged(library)
+        assert await export.device.read(0, SIZE) == guest.model
+        assert (tmp_path / "root/images/a/disk.raw").read_bytes() == guest.model
+        assert reported(library, point) == guest.changed
+        export.close()
+    assert list(shared(tmp_path).iterdir()) == [], "nothing is left in shared memory after a clean stop"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["at rest", "sealed", "merging"])
+@pytest.mark.parametrize("seed", range(5))
+async def test_losing_shared_memory_loses_no_flushed_write(tmp_path, seed, stage):
+    guest = Guest(random.Random(1000 + seed))
+    async with doomed(tmp_path) as library:
+        await library.create_image("a", SIZE)
+        point = await begin_life(library, guest, stage)
+    for path in shared(tmp_path).iterdir():
+        path.unlink()
+    async with open_library(tmp_path / "root", settings(tmp_path)) as library:
+        export = await open_plain(library)
+        content = await export.device.read(0, SIZE)
+        for block in set(range(SIZE // BLOCK)) - guest.unflushed:
+            start = block * BLOCK
+            assert content[start : start + BLOCK] == guest.model[start : start + BLOCK], f"block {block}"
+        report = library.changes("a", point)
+        assert reported(library, point) >= guest.changed and not report.exact and report.over_report_bytes > 0
+        export.close()
+
+
+async def test_the_frozen_view_survives_a_kill(tmp_path):
+    guest = Guest(random.Random(7))
+    async with doomed(tmp_path) as library:
+        await library.create_image("a", SIZE)
+        export = await open_plain(library)
+        await guest.work(export.device, 30)
+        frozen = await library.begin_checkpoint("web", DISKS, "config", held_by="hand")
+        cut = bytes(guest.model)
+        await guest.work(export.device, 30)
+    async with open_library(tmp_path / "root", settings(tmp_path)) as library:
+        [info] = library.checkpoints()
+        view = await library.open(info.exports["a"], peer="test", drop=lambda _: None)
+        assert await view.device.read(0, SIZE) == cut
+        again = library.frozen(frozen.checkpoint)
+        assert (again.config, again.point, list(again.disks)) == ("config", frozen.point, ["system"])
+        await again.end("keep")
+        await merged(library)
+        assert library.points("a")[0].valid
+        view.close()
+
+
+@pytest.mark.parametrize("name", ["disk.map", "head", "disk.avhd"])
+async def test_a_damaged_avhd_refuses_the_image(tmp_path, name):
+    async with doomed(tmp_path) as library:
+        await library.create_image("a", SIZE)
+        await library.create_image("b", SIZE)
+        await library.begin_checkpoint("web", [*DISKS, BackupDisk("data", "b")], "", held_by="hand")
+    path = tmp_path / "root/images/a/checkpoint" / name
+    if name == "disk.avhd":
+        path.unlink()
+    else:
+        data = bytearray(path.read_bytes())
+        data[40] ^= 1
+        path.write_bytes(data)
+    async with open_library(tmp_path / "root", settings(tmp_path)) as library:
+        assert [(info.name, info.state) for info in library.images()] == [("a", "damaged"), ("b", "open")]
+        with pytest.raises(Refused, match="damaged"):
+            library.lease("a")
+        with pytest.raises(Refused):
+            await library.open_image("a")
+        assert next(iter(library.names())) == "b"
+
+
+async def test_a_torn_checkpoint_never_happened(tmp_path):
+    """The record says preparing: the cut is undone, its writes are merged, its changes stay tracked."""
+    guest = Guest(random.Random(3))
+    async with doomed(tmp_path) as library:
+        await library.create_image("a", SIZE)
+        export = await open_plain(library)
+        first = await library.begin_checkpoint("web", DISKS, "")
+        await first.end("keep")
+        await merged(library)
+        await guest.work(export.device, 10)
+        second = await library.begin_checkpoint("web", DISKS, "")
+        await guest.work(export.device, 10)
+        record = tmp_path / "root/checkpoints" / second.checkpoint / "record"
+        held = library._checkpoints.find(second.checkpoint)
+    record.write_bytes(checkpoint.encode_record(attrs.evolve(held.record, state="preparing")))
+    async with open_library(tmp_path / "root", settings(tmp_path)) as library:
+        export = await open_plain(library)
+        await merged(library)
+        assert await export.device.read(0, SIZE) == guest.model
+        assert [point.point for point in library.points("a")] == [first.point]
+        assert reported(library, first.point) == guest.changed
+        export.close()
+
+
+async def test_a_lease_that_cannot_be_recorded_changes_nothing(tmp_path):
+    dropped: list[str] = []
+    async with open_library(tmp_path / "root", settings(tmp_path)) as library:
+        await library.create_image("a", SIZE)
+        export = await library.open("a", peer="test", drop=dropped.append)
+        path = tmp_path / "root/images/a/lease"
+        path.unlink()
+        path.mkdir()  # a rename over a directory fails
+        with pytest.raises(Refused, match="could not be made durable"):
+            await library.acquire_lease("a", 3, "n1/web")
+        assert library.lease("a").epoch == 0 and dropped == []
+        await export.device.write(0, b"1" * BLOCK)
+        path.rmdir()
+        await library.acquire_lease("a", 3, "n1/web")
+        assert library.lease("a").epoch == 3 and len(dropped) == 1
+        export.close()
+
+
+async def test_an_orphaned_avhd_is_merged(tmp_path):
+    guest = Guest(random.Random(4))
+    async with doomed(tmp_path) as library:
+        await library.create_image("a", SIZE)
+        export = await open_plain(library)
+        frozen = await library.begin_checkpoint("web", DISKS, "")
+        await guest.work(export.device, 20)
+    for path in (tmp_path / "root/checkpoints" / frozen.checkpoint).iterdir():
+        path.unlink()
+    async with open_library(tmp_path / "root", settings(tmp_path)) as library:
+        await merged(library)
+        export = await open_plain(library)
+        assert await export.device.read(0, SIZE) == guest.model
+        export.close()
