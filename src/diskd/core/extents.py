@@ -16,6 +16,8 @@ PageMap: TypeAlias = dict[int, bytes]
 _ONES: Final = b"\xff" * 4096
 # Empty pages are skipped this many bytes at a time: few numpy calls, and the scan stays in the cache.
 _SCAN_BYTES: Final = 1 << 20
+# Bounds the memory for a full bitmap: 2 million bits at a time, as 64-bit numbers, are 16 MiB.
+_PAGES_AT_ONCE: Final = 64
 
 
 def set_range(bits: memoryview, first: int, end: int) -> bool:
@@ -85,21 +87,31 @@ def count(pages: Mapping[int, bytes]) -> int:
 
 def runs(pages: Mapping[int, bytes]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """First blocks and ends (exclusive) of all maximal runs of set bits, ascending."""
+    indices = sorted(pages)
     starts: list[NDArray[np.int64]] = []
     ends: list[NDArray[np.int64]] = []
-    for index in sorted(pages):
-        page = as_bits(pages[index])
-        bits = np.zeros(8 * len(page) + 2, dtype=np.int8)
-        bits[1:-1] = np.unpackbits(page, bitorder="little")
-        edges = np.flatnonzero(np.diff(bits)).astype(np.int64) + index * 8 * len(page)
-        starts.append(edges[0::2])
-        ends.append(edges[1::2])
+    for position in range(0, len(indices), _PAGES_AT_ONCE):
+        blocks = _set_blocks(pages, indices[position : position + _PAGES_AT_ONCE])
+        if len(blocks):
+            gaps = np.flatnonzero(np.diff(blocks) != 1)
+            starts.append(blocks[np.concatenate(([0], gaps + 1))])
+            ends.append(blocks[np.concatenate((gaps, [len(blocks) - 1]))] + 1)
     if not starts:
         return np.empty(0, np.int64), np.empty(0, np.int64)
     first, end = np.concatenate(starts), np.concatenate(ends)
-    # A run that goes on in the next page came out as two.
+    # A run that goes on in the next group of pages came out as two.
     apart = first[1:] != end[:-1]
     return first[np.concatenate(([True], apart))], end[np.concatenate((apart, [True]))]
+
+
+def _set_blocks(pages: Mapping[int, bytes], indices: list[int]) -> NDArray[np.int64]:
+    """The numbers of all set bits of some pages; only bytes with a set bit are looked at closely."""
+    page_bytes = len(pages[indices[0]])
+    data = np.frombuffer(b"".join(pages[index] for index in indices), dtype=np.uint8)
+    used = np.flatnonzero(data)
+    rows, bits = np.nonzero(np.unpackbits(data[used], bitorder="little").reshape(-1, 8))
+    where = np.asarray(indices, dtype=np.int64)[used // page_bytes] * page_bytes + used % page_bytes
+    return where[rows] * 8 + bits
 
 
 def extents(pages: Mapping[int, bytes], block_bytes: int, size_bytes: int) -> list[tuple[int, int]]:

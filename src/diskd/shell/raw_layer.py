@@ -90,7 +90,9 @@ class RawLayer:
         if self._slow or len(data) > IN_PLACE_BYTES_MAX:
             return False
         self._on_write()
-        durable.write_all(self._descriptor, data, offset)
+        written = os.pwrite(self._descriptor, data, offset)
+        if written != len(data):
+            durable.write_all(self._descriptor, memoryview(data)[written:], offset + written)
         return True
 
     async def write(self, offset: int, data: bytes | memoryview) -> None:
