@@ -85,7 +85,9 @@ async def test_lab_pulled_cable_short_and_long(lab: Lab) -> None:
         before[key] for key in ("owner", "epoch", "pid")
     ]
 
+    # With its clusterd dead, nothing on n1 stops the old copy: only the fence does.
     await lab.isolate("n1")
+    await lab.kill("n1.clusterd")
     moved = await vm_is(lab, "online", not_on="n1", but="n1")
     assert moved["epoch"] > before["epoch"]
     await writes(lab, epoch=moved["epoch"])
@@ -95,6 +97,7 @@ async def test_lab_pulled_cable_short_and_long(lab: Lab) -> None:
 
     await until("the old copy is refused", refused)
     await lab.heal()
+    await lab.start("n1.clusterd")
     await node_is(lab, "n1", "up")
     await until("nothing of the old run is left", lambda: _gone(lab, "n1"))
     owners = await nothing_lost(lab)

@@ -159,12 +159,20 @@ def verdict_of(server: FakeServer, acks: Path, tmp_path: Path):
 def test_guest_writes_flushes_then_acknowledges(serve, tmp_path: Path) -> None:
     acks = tmp_path / "acks"
     seen: list[int] = []
-    server = serve(lambda s, command: seen.append(command))
+    acknowledged: list[int] = []
+
+    def hook(server: FakeServer, command: int) -> None:
+        seen.append(command)
+        if command == FLUSH:
+            acknowledged.append(len(lines_of(acks)))
+
+    server = serve(hook)
     run_guest(settings(server, acks), records_max=40)
     assert [line[:4] for line in lines_of(acks)] == [("ack", 3, "n1", number) for number in range(1, 41)]
     assert seen[:3] == [READ, WRITE, FLUSH]  # a fresh disk gets its header
     assert seen[3:5] == [WRITE, FLUSH]
-    assert seen.count(WRITE) == 41 and seen.count(FLUSH) >= 41
+    assert seen.count(WRITE) == 41 and seen.count(FLUSH) == 41
+    assert acknowledged == [0, *range(40)]  # never before its flush has been answered
     assert server.names == ["journal@3"]
     assert verdict_of(server, acks, tmp_path).is_good
 
