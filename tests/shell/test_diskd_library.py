@@ -469,3 +469,25 @@ async def test_writers_of_one_block_lose_nothing_to_each_others_copy_up(tmp_path
         await until(lambda: library.checkpoints() == [])
         assert await export.device.read(0, 32 * BLOCK) == row * 32
         export.close()
+
+
+async def test_a_begin_that_fails_leaves_nothing(tmp_path):
+    """The second disk's bitmap cannot be had: the first one's fork is undone, and writes go on."""
+    async with serving(tmp_path) as library:
+        for name in ("a", "b"):
+            await library.create_image(name, SIZE)
+        export = await opened(library, "a")
+        await put(export.device, 0, b"1" * BLOCK)
+        obstacle = tmp_path / "root/images/b/checkpoint"
+        obstacle.write_bytes(b"in the way")
+        with pytest.raises(Refused, match="cannot begin"):
+            await library.begin_checkpoint("web", disks("a", "b"), "")
+        assert [library.points(name) for name in ("a", "b")] == [[], []]
+        await until(lambda: library.checkpoints() == [])
+        assert os.listdir(tmp_path / "root/checkpoints") == []
+        await put(export.device, 0, b"2" * BLOCK)
+        obstacle.unlink()
+        frozen = await library.begin_checkpoint("web", disks("a", "b"), "")
+        assert (await trio.to_thread.run_sync(frozen_bytes, frozen.disks["disk-a"]))[:2] == b"22"
+        await frozen.end("discard")
+        export.close()

@@ -129,6 +129,8 @@ class Checkpoints:
             while any(image.overlay is not None for image in images.values()):
                 await self._changed.wait()
             return await self._begin(identifier, vm, disks, config, held_by, images)
+        except OSError as error:
+            raise Refused(f"the checkpoint cannot begin: {error}") from error
         finally:
             for claim in claims:
                 del self._beginning[claim]
@@ -193,11 +195,9 @@ class Checkpoints:
                 if held.invalid:
                     raise Refused("the checkpoint was invalidated while it began: an AVHD cannot take writes")
                 await self._persist(held, checkpoint.advance(held.record, "sealed"))
-        except OSError as error:
-            await self._undo(held)
-            raise Refused(f"the checkpoint cannot begin: {error}") from error
         except BaseException:
-            await self._undo(held)
+            with trio.move_on_after(_UNDO_SECONDS, shield=True):
+                await self._undo(held)
             raise
         log.info("checkpoint.sealed", checkpoint=identifier, vm=vm, point=record.point)
         return StandingCheckpoint(self, held)
@@ -209,10 +209,7 @@ class Checkpoints:
             path.mkdir()
             sync_directory(self._directory)
 
-        try:
-            await trio.to_thread.run_sync(make)
-        except OSError as error:
-            raise Refused(f"the checkpoint cannot begin: {error}") from error
+        await trio.to_thread.run_sync(make)
         return Files(path)
 
     async def _fork(self, held: Held) -> None:
@@ -243,16 +240,16 @@ class Checkpoints:
 
     async def _undo(self, held: Held) -> None:
         """A begin failed: as if it had not been tried. What cannot be done now, the next start does."""
-        with trio.move_on_after(_UNDO_SECONDS, shield=True):
-            for image in held.images.values():
-                with contextlib.suppress(OSError, HoldfastError):
-                    await image.image.cancel_cut()
-            async with held.lock:
-                ended = checkpoint.advance(held.record, "end", "discard")
-                with contextlib.suppress(OSError):
-                    await held.files.run(checkpoint.persist(ended))
-                held.record = ended
-                self._start_merging(held, "the checkpoint could not begin")
+        for image in held.images.values():
+            with contextlib.suppress(OSError, HoldfastError):
+                await image.image.cancel_cut()
+        async with held.lock:
+            ended = checkpoint.advance(held.record, "end", "discard")
+            with contextlib.suppress(OSError):
+                await held.files.run(checkpoint.persist(ended))
+            held.record = ended
+            self._start_merging(held, "the checkpoint could not begin")
+        with contextlib.suppress(OSError, HoldfastError):
             await self._settle(held)
 
     # --- invalidation (B2) -----------------------------------------------------------------------------

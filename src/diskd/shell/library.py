@@ -200,7 +200,8 @@ class Library:
                 try:
                     await imports.copy_in(source, image.open_writer(lambda: None), progress)
                 finally:
-                    await image.close()
+                    with trio.move_on_after(_STOP_SECONDS, shield=True):
+                        await image.close()
             except OSError as error:
                 raise Refused(f"image {name} cannot be imported: {error}") from error
             finally:
@@ -242,7 +243,8 @@ class Library:
         try:
             await self._checkpoints.attach(image)
         except BaseException:
-            await image.close()
+            with trio.move_on_after(_STOP_SECONDS, shield=True):
+                await image.close()
             raise
         self._closed.pop(name, None)
         self._images[name] = image
@@ -422,12 +424,11 @@ class Library:
 
     async def stop(self) -> None:
         """Close every image cleanly. Nothing else of the library runs any more."""
-        with trio.move_on_after(_STOP_SECONDS, shield=True):
-            for image in self._images.values():
-                try:
-                    await image.close()
-                except OSError as error:
-                    log.warning("image.close_failed", image=image.name, reason=str(error))
+        for image in self._images.values():
+            try:
+                await image.close()
+            except OSError as error:
+                log.warning("image.close_failed", image=image.name, reason=str(error))
         self._checkpoints.close()
 
 
@@ -460,7 +461,8 @@ async def open_library(root: Path, settings: LibrarySettings | None = None) -> A
                 failure = error
             finally:
                 nursery.cancel_scope.cancel(reason="the library stops")
-                await library.stop()
+                with trio.move_on_after(_STOP_SECONDS, shield=True):
+                    await library.stop()
         if failure is not None:
             raise failure
     finally:
