@@ -80,6 +80,10 @@ class Rig:
         async with connect(self.control) as client:
             return await client.call(method, params)
 
+    async def next_datagram(self) -> bytes:
+        with trio.fail_after(HANG_SECONDS):
+            return await self.inbox.recv(99)
+
     async def send_datagram(self, data: bytes) -> None:
         with trio.socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
             await udp.sendto(data, ("127.0.0.1", self.datagram_port))
@@ -117,15 +121,6 @@ async def rig(nursery: trio.Nursery) -> AsyncIterator[Rig]:
     nursery.cancel_scope.cancel()
 
 
-@pytest.fixture(autouse=True)
-async def hang_guard(nursery: trio.Nursery) -> None:
-    async def guard() -> None:
-        await trio.sleep(HANG_SECONDS)
-        raise TimeoutError("the test hangs")
-
-    nursery.start_soon(guard)
-
-
 async def is_silent(operation: Callable[[], Awaitable[object]]) -> bool:
     with trio.move_on_after(QUIET_SECONDS) as scope:
         await operation()
@@ -134,16 +129,18 @@ async def is_silent(operation: Callable[[], Awaitable[object]]) -> bool:
 
 async def receive(stream: trio.SocketStream, length: int) -> bytes:
     data = b""
-    while len(data) < length:
-        part = await stream.receive_some(length - len(data))
-        assert part
-        data += part
+    with trio.fail_after(HANG_SECONDS):
+        while len(data) < length:
+            part = await stream.receive_some(length - len(data))
+            assert part
+            data += part
     return data
 
 
 async def until(condition: Callable[[], Awaitable[bool]]) -> None:
-    while not await condition():
-        await trio.lowlevel.checkpoint()
+    with trio.fail_after(HANG_SECONDS):
+        while not await condition():
+            await trio.lowlevel.checkpoint()
 
 
 async def test_proxy_forwards_both_ways_and_ends(rig: Rig) -> None:
@@ -280,20 +277,20 @@ async def test_proxy_pushes_back_while_cut(rig: Rig) -> None:
 
 async def test_proxy_datagrams_pass_and_vanish(rig: Rig) -> None:
     await rig.send_datagram(b"one")
-    assert await rig.inbox.recv(99) == b"one"
+    assert await rig.next_datagram() == b"one"
     await rig.set(is_cut=True)
     await rig.send_datagram(b"lost")
     await until(lambda: _dropped(rig, 1))
     await rig.heal()
     await rig.send_datagram(b"two")
-    assert await rig.inbox.recv(99) == b"two"
+    assert await rig.next_datagram() == b"two"
     await rig.set(is_cut=True, network="a")
     await rig.send_datagram(b"lost")
     await until(lambda: _dropped(rig, 2))
     await rig.set(is_cut=True, network="b", links=[AB])
     await rig.heal()
     await rig.send_datagram(b"three")
-    assert await rig.inbox.recv(99) == b"three"
+    assert await rig.next_datagram() == b"three"
 
 
 async def _is_closed(stream: trio.SocketStream) -> bool:
@@ -309,7 +306,7 @@ async def test_proxy_delays_datagrams_in_their_order(rig: Rig) -> None:
     begun = trio.current_time()
     for number in range(3):
         await rig.send_datagram(b"%d" % number)
-    assert [await rig.inbox.recv(9) for _ in range(3)] == [b"0", b"1", b"2"]
+    assert [await rig.next_datagram() for _ in range(3)] == [b"0", b"1", b"2"]
     assert trio.current_time() - begun >= 0.2
 
 
@@ -328,7 +325,7 @@ async def test_proxy_loses_a_share_of_datagrams(rig: Rig) -> None:
     await until(lambda: _dropped(rig, 1))
     await rig.set(loss=0.0)
     await rig.send_datagram(b"here")
-    assert await rig.inbox.recv(99) == b"here"
+    assert await rig.next_datagram() == b"here"
 
 
 async def test_proxy_a_host_without_power_is_silent_even_when_healed(rig: Rig) -> None:
