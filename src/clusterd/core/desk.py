@@ -92,7 +92,8 @@ class Desk:
     def remember_revision(self) -> None:
         """Whenever the state is written anyway, note how far the store had come."""
         if self.view.has_read and self.view.revision > self.state.revision_seen:
-            self.state = attrs.evolve(self.state, revision_seen=self.view.revision)
+            epoch = max(self.state.epoch_seen, self.view.epoch())
+            self.state = attrs.evolve(self.state, revision_seen=self.view.revision, epoch_seen=epoch)
 
     def holder(self, vm: str) -> str:
         """The lease holder id of a run here."""

@@ -38,6 +38,7 @@ class Change:
 class Waiting:
     command: c.Command
     until: int
+    given_at: int
     text: str = ""
 
 
@@ -51,7 +52,8 @@ class Operator:
         if len(self.waiting) >= COMMANDS_MAX:
             self.desk.act(effects.AnswerCommand(ticket, False, "too many commands at once: try again"))
             return
-        self.waiting[ticket] = Waiting(command, self.desk.now + PATIENCE_NS)
+        self.waiting[ticket] = Waiting(command, self.desk.now + PATIENCE_NS, self.desk.now)
+        self.store.read_soon()
 
     def decide(self) -> None:
         """Write, answer or give up what waits."""
@@ -59,10 +61,14 @@ class Operator:
             if self.desk.now >= waiting.until:
                 reason = self.desk.store_reason or "its records keep changing"
                 self._answer(ticket, False, f"the store could not be written in time ({reason}): try again")
-            elif self.store.is_usable and not self.store.is_writing("command", str(ticket)):
+            elif self._has_read(waiting) and not self.store.is_writing("command", str(ticket)):
                 self._try(ticket, waiting)
             if ticket in self.waiting:
                 self.desk.wake(waiting.until)
+
+    def _has_read(self, waiting: Waiting) -> bool:
+        """A command is judged by a read that began after it was given, so that two in a row are in order."""
+        return self.store.is_usable and self.store.last_read_asked_at >= waiting.given_at
 
     def _try(self, ticket: int, waiting: Waiting) -> None:
         try:

@@ -224,7 +224,7 @@ R = TypeVar("R")
 
 def kind_of(key: str) -> type | None:
     """The class of the record under this key (without the prefix), or None if the key is not ours."""
-    if key in KINDS:
+    if "/" not in key and key in KINDS:
         return KINDS[key]
     head, slash, tail = key.partition("/")
     if head == "vms" and slash:

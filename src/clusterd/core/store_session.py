@@ -52,6 +52,7 @@ class StoreSession:
     keep_at: int = 0
     writes: dict[int, OpenWrite] = attrs.field(factory=dict)
     is_foreign: bool = False
+    epoch_seen: int = 0
 
     @property
     def is_usable(self) -> bool:
@@ -77,6 +78,10 @@ class StoreSession:
             desk.wake(self.next_read_at)
         if self.session_request is None and desk.lease is not None:
             desk.wake(self.keep_at)
+
+    def read_soon(self) -> None:
+        """Somebody needs a read that begins after now."""
+        self.next_read_at = min(self.next_read_at, self.desk.now)
 
     def _ask_session(self) -> None:
         desk = self.desk
@@ -143,14 +148,15 @@ class StoreSession:
         if known is not None and found != known:
             self._foreign(f"the store belongs to the cluster {found}, not to {known}: {remedy}")
         since = max(self.reading_since_revision, desk.state.revision_seen)
-        if known is not None and (newest < desk.state.epoch_seen or event.revision < since):
+        epoch_seen = max(self.epoch_seen, desk.state.epoch_seen)
+        if known is not None and (newest < epoch_seen or event.revision < since):
             self._foreign(
-                f"the store is an older copy (epoch {newest} of {desk.state.epoch_seen}, "
+                f"the store is an older copy (epoch {newest} of {epoch_seen}, "
                 f"revision {event.revision} of {since}): {remedy}"
             )
         if found is not None and known is None:
             desk.remember(store_id=found)
-        self.is_foreign = False
+        self.is_foreign, self.epoch_seen = False, newest
 
     def _foreign(self, reason: str) -> None:
         if not self.is_foreign:
