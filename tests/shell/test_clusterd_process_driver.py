@@ -210,10 +210,21 @@ async def test_a_run_outlives_its_clusterd_and_is_adopted(directory: Path, note:
 
 async def test_a_run_started_again_under_the_same_epoch_is_the_run_that_lives(directory: Path) -> None:
     """A clusterd that died between spawn and its own memory of it must not start a second copy."""
-    config = VmConfig("web", argv=FOREVER)
+    argv = ("sh", "-c", "trap 'echo alive' USR1; echo ready; while :; do sleep 0.01; done")
+    config, output = VmConfig("web", argv=argv), directory / "vms" / "web.log"
+
+    async def says(word: str) -> None:
+        with trio.fail_after(DEADLINE_S):
+            while word not in output.read_text():
+                await trio.lowlevel.checkpoint()
+
     async with running_driver(directory) as (driver, observed):
         await driver.start(config, 8)
         pid = (await observed.started(8)).pid
+        await says("ready")
+    # The driver is closed, as when clusterd ends: the run does not notice.
+    os.kill(pid, signal.SIGUSR1)
+    await says("alive")
     async with running_driver(directory) as (driver, observed):
         await driver.start(config, 8)
         assert (await observed.started(8)).pid == pid

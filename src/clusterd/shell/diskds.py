@@ -37,8 +37,15 @@ log = structlog.get_logger("diskds")
 class Diskds:
     """Every diskd that NODE.toml names."""
 
-    def __init__(self, diskds: Mapping[str, DiskdAddresses], key: bytes | None) -> None:
+    def __init__(
+        self,
+        diskds: Mapping[str, DiskdAddresses],
+        key: bytes | None,
+        *,
+        acquire_seconds_max: float = ACQUIRE_SECONDS_MAX,
+    ) -> None:
         self._diskds = diskds
+        self._acquire_seconds_max = acquire_seconds_max
         self._key = key
 
     def _control(self, disk: Disk) -> Address:
@@ -49,7 +56,7 @@ class Diskds:
     async def acquire(self, disks: Sequence[Disk], epoch: int, holder: str) -> tuple[LeaseAnswer, ...]:
         """An answer for each disk tried, in order; none is tried after the first that fails."""
         answers: list[LeaseAnswer] = []
-        deadline = trio.current_time() + ACQUIRE_SECONDS_MAX
+        deadline = trio.current_time() + self._acquire_seconds_max
         for disk in disks:
             answer = await self._acquire(disk, epoch, holder, max(0.1, deadline - trio.current_time()))
             answers.append(answer)

@@ -22,7 +22,8 @@ log = structlog.get_logger("references")
 
 def checksum(data: bytes) -> int:
     """The Internet checksum (RFC 1071)."""
-    total: int = sum(struct.unpack(f">{len(data) // 2}H", data)) + (data[-1] << 8 if len(data) % 2 else 0)
+    data += b"\0" * (len(data) % 2)
+    total: int = sum(struct.unpack(f">{len(data) // 2}H", data))
     while total >> 16:
         total = (total & 0xFFFF) + (total >> 16)
     return ~total & 0xFFFF
