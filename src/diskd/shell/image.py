@@ -9,11 +9,9 @@ image answers EIO until it is reopened, and its regions stay open.
 
 import contextlib
 import errno
-import os
-import secrets
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Final, TypeVar
 from uuid import UUID, uuid4
 
 import structlog
@@ -21,32 +19,21 @@ import trio
 
 from daemonkit import durable
 from daemonkit.errors import InvariantBroken
-from daemonkit.units import SECOND, format_size
-from diskd.core import interval, mrt, points, recovery
+from daemonkit.units import SECOND
+from diskd.core import interval, mrt, points
 from diskd.core.changes import report
 from diskd.core.extents import PageMap, page_map
-from diskd.core.geometry import (
-    BLOCK_BYTES_DEFAULT,
-    IMAGE_TOML,
-    RAW,
-    REGION_BYTES_DEFAULT,
-    Geometry,
-    Identity,
-    decode_identity,
-    encode_identity,
-)
+from diskd.core.geometry import BLOCK_BYTES_DEFAULT, REGION_BYTES_DEFAULT, Geometry, Identity
 from diskd.core.points import Point, Span
 from diskd.core.ports import ChangeReport, Layer
-from diskd.core.steps import Remove, Script, Sync, Truncate
+from diskd.core.steps import Remove, Script
 from diskd.core.tracker import Tracker, commit, flush, next_header, replace_catalogue
 from diskd.core.tracker import join_segments as join_script
 from diskd.errors import Damaged, Refused
-from diskd.shell import qemu_locks
 from diskd.shell.cut import Cut
-from diskd.shell.files import Files
+from diskd.shell.image_files import OpenFiles, create_blocking, open_blocking, settled_facts
 from diskd.shell.image_settings import ImageSettings
 from diskd.shell.raw_layer import RawLayer, now_ns
-from diskd.shell.shared_memory import SharedDirectory
 from diskd.shell.writer import Writer
 
 __all__ = ["Image", "ImageSettings", "Writer"]
@@ -55,34 +42,28 @@ T = TypeVar("T")
 log = structlog.get_logger("image")
 
 # A close flushes until every region is closed; one round per flush that was on its way, and one more.
-_CLOSE_ROUNDS_MAX = 4
+_CLOSE_ROUNDS_MAX: Final = 4
+_CLOSE_SECONDS_MAX: Final = 60
 
 
 class Image:
     """Everything about one open image. Use it from the loop's thread; ``*_blocking`` from a worker thread."""
 
-    def __init__(
-        self,
-        directory: Path,
-        identity: Identity,
-        settings: ImageSettings,
-        files: Files,
-        shared: SharedDirectory,
-        recovered: recovery.Recovered,
-    ) -> None:
-        self.name = directory.name
-        self.directory = directory
+    def __init__(self, opened: OpenFiles) -> None:
+        identity, recovered, settings = opened.identity, opened.recovered, opened.settings
+        self.name = opened.directory.name
+        self.directory = opened.directory
         self.identity = identity
         self.uuid = identity.uuid
         self.size_bytes = identity.geometry.size_bytes
         self.block_bytes = identity.geometry.block_bytes
         self.settings = settings
-        self.files = files
-        self.shared = shared
+        self.files = opened.files
+        self.shared = opened.shared
         self.opened_how = recovered.how
         self.opened_reason = recovered.reason
         self.tracker = Tracker(identity, recovered, max_open_bytes=settings.max_open_bytes)
-        self.raw = RawLayer(files, self.size_bytes, self._note_write)
+        self.raw = RawLayer(self.files, self.size_bytes, self._note_write)
         self.layer: Layer = self.raw
         self.failure: str | None = None
         self.is_closed = False
@@ -113,7 +94,7 @@ class Image:
         written last: without it there is no image. Raises Refused for impossible sizes, OSError."""
         geometry = Geometry.check(size_bytes, block_bytes, region_bytes)
         identity = Identity(uuid or uuid4(), geometry)
-        await trio.to_thread.run_sync(_create_blocking, directory, identity)
+        await trio.to_thread.run_sync(create_blocking, directory, identity)
         return identity.uuid
 
     @classmethod
@@ -123,7 +104,7 @@ class Image:
         The image's name is the directory's. ``layer`` is ``raw``: whoever finds a checkpoint replaces it
         before the first writer opens. Start ``run`` in a nursery afterwards.
         """
-        image = await trio.to_thread.run_sync(_open_blocking, directory, settings)
+        image = cls(await trio.to_thread.run_sync(open_blocking, directory, settings))
         log.info("image.opened", image=image.name, how=image.opened_how, reason=image.opened_reason)
         return image
 
@@ -137,7 +118,8 @@ class Image:
             try:
                 await self.flush_tracking()
             except OSError as error:
-                log.warning("image.tracking_flush_failed", image=self.name, reason=str(error))
+                if not self.is_closed:
+                    log.warning("image.tracking_flush_failed", image=self.name, reason=str(error))
                 return
 
     async def close(self) -> None:
@@ -148,14 +130,15 @@ class Image:
         """
         if self.is_closed:
             return
+        self.is_closed = True
         with trio.CancelScope(shield=True):
             try:
                 if self.failure is None:
                     async with self.held():
                         await self._close_cleanly()
             finally:
-                self.is_closed = True
-                await self.layer.close()
+                with trio.move_on_after(_CLOSE_SECONDS_MAX, shield=True):
+                    await self.layer.close()
                 self.abandon()
 
     async def _close_cleanly(self) -> None:
@@ -165,7 +148,7 @@ class Image:
             await self.flush_tracking()
             if self.tracker.is_settled:
                 break
-        facts = await trio.to_thread.run_sync(_settled_facts, self.files)
+        facts = await trio.to_thread.run_sync(settled_facts, self.files)
         nonce = self.tracker.area.nonce
         async with self.commit_turn:
             header = next_header(
@@ -413,98 +396,3 @@ class Image:
 
 def _remove(name: str) -> Script[None]:
     yield Remove(name)
-
-
-def _facts(descriptor: int) -> mrt.RawFacts:
-    status = os.fstat(descriptor)
-    return mrt.RawFacts(status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
-
-
-def _settled_facts(files: Files) -> mrt.RawFacts:
-    """What the raw file looks like, durably: fdatasync alone may lose the times that recovery compares."""
-    descriptor = files.descriptor(RAW)
-    os.fsync(descriptor)
-    return _facts(descriptor)
-
-
-def _create_blocking(directory: Path, identity: Identity) -> None:
-    directory.mkdir()
-    files = Files(directory)
-    try:
-        files.run_blocking(_create_raw(identity.geometry.size_bytes))
-        files.run_blocking(recovery.create(identity, uuid4(), _settled_facts(files)))
-        durable.replace_file(directory / IMAGE_TOML, encode_identity(identity))
-        durable.sync_directory(directory.parent)
-    finally:
-        files.close()
-
-
-def _create_raw(size_bytes: int) -> Script[None]:
-    yield Truncate(RAW, size_bytes)
-    yield Sync(RAW)
-
-
-def _open_blocking(directory: Path, settings: ImageSettings) -> Image:
-    name = directory.name
-    try:
-        identity = decode_identity(
-            durable.read_small_file(directory / IMAGE_TOML), where=f"{name}: {IMAGE_TOML}"
-        )
-        boot_id = UUID(settings.boot_id_file.read_text().strip())
-    except FileNotFoundError as error:
-        raise Refused(f"{name}: no image there ({error.filename} is missing)") from error
-    except ValueError as error:
-        raise Refused(f"{settings.boot_id_file}: not a boot id") from error
-    settings.check(identity.geometry)
-    files = Files(directory)
-    shared = SharedDirectory(settings.shared_dir, identity.uuid)
-    try:
-        facts = _lock_raw(name, files, identity.geometry.size_bytes)
-        # A crashed daemon may have renamed and not come to this; recovery relies on what it reads.
-        durable.sync_directory(directory)
-        around = recovery.Surroundings(
-            memory=shared,
-            boot_id=boot_id,
-            raw=facts,
-            now_ns=now_ns(),
-            interval_ns=settings.tracking_flush_interval_ns,
-            fresh_nonce=secrets.token_bytes(16),
-            fresh_generation=uuid4(),
-        )
-        recovered = files.run_blocking(recovery.recover(identity, around))
-        shared.remove_others(recovered.area.nonce)
-        _remove_orphans(directory, recovered.catalogue)
-        return Image(directory, identity, settings, files, shared, recovered)
-    except BaseException as error:
-        shared.close()
-        files.close()
-        if isinstance(error, OSError):
-            where = error.filename or directory
-            raise Refused(f"{name}: cannot be opened: {where}: {error.strerror or error}") from error
-        raise
-
-
-def _lock_raw(name: str, files: Files, size_bytes: int) -> mrt.RawFacts:
-    try:
-        descriptor = files.descriptor(RAW)
-    except FileNotFoundError as error:
-        raise Damaged(f"{name}: {RAW} is missing; restore it from a backup") from error
-    qemu_locks.lock(descriptor, name)
-    facts = _settled_facts(files)
-    if facts.size_bytes != size_bytes:
-        raise Damaged(
-            f"{name}: {RAW} has {format_size(facts.size_bytes)}, {IMAGE_TOML} says {format_size(size_bytes)};"
-            " restore it from a backup"
-        )
-    return facts
-
-
-def _remove_orphans(directory: Path, catalogue: points.Catalogue) -> None:
-    """Interval files that no catalogue knows any more, and halves of small files."""
-    known = {segment.interval for segment in catalogue.segments}
-    for path in directory.iterdir():
-        number = interval.parse_file_name(path.name)
-        if (number is not None and number not in known) or (
-            path.name.startswith(".") and path.name.endswith(".tmp")
-        ):
-            path.unlink()
