@@ -59,7 +59,7 @@ def backup(
     modes = [mode for mode, chosen in wanted if chosen]
     if len(modes) > 1:
         raise UsageError("--full, --since and --resume exclude each other")
-    text = read_small_file(config).decode() if config else ""
+    text = read_config(config) if config else ""
     request = BackupRequest(
         vm=vm,
         disks=disks_of(config, text, (*images, *more)),
@@ -77,6 +77,14 @@ def backup(
         print(json.dumps(unstructure(report)))
     else:
         _print(report)
+
+
+def read_config(path: Path) -> str:
+    """The VM's file, verbatim. Raises OperatorError where it is not text, OSError."""
+    try:
+        return read_small_file(path).decode()
+    except UnicodeDecodeError as error:
+        raise OperatorError(f"{path}: not a text file in UTF-8") from error
 
 
 def disks_of(config: Path | None, text: str, images: tuple[str, ...]) -> list[BackupDisk]:

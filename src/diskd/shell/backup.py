@@ -11,7 +11,8 @@
 Ending the checkpoint is shielded: whoever asked for the backup may have gone in the meantime.
 """
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Final, Literal, Protocol
 
 import attrs
@@ -150,10 +151,17 @@ async def run_backup(
 
 
 async def _offered(target: Address, vm: str, key: bytes | None) -> calls.OfferedPoints:
+    with _answering(target):
+        async with connect(target, key=key) as client:
+            return await client.call(calls.POINTS_OFFERED, calls.VmName(vm))
+
+
+@contextmanager
+def _answering(target: Address) -> Iterator[None]:
+    """A bound on what should take no time."""
     try:
         with trio.fail_after(CONTACT_SECONDS_MAX):
-            async with connect(target, key=key) as client:
-                return await client.call(calls.POINTS_OFFERED, calls.VmName(vm))
+            yield
     except trio.TooSlowError:
         raise CallFailed(f"the target {target} does not answer") from None
 
@@ -176,13 +184,13 @@ class _Backup:
         frozen = {"checkpoint": self.frozen.checkpoint, "point": self.frozen.point}
         await self.report({"step": "frozen", "vm": self.request.vm, **frozen})
         async with connect(self.target, key=self.key) as client:
-            with trio.fail_after(CONTACT_SECONDS_MAX):
+            with _answering(self.target):
                 await self._settle(client)
                 offered = await client.call(calls.POINTS_OFFERED, calls.VmName(self.request.vm))
             self.base = self._choose(offered)
             prepared = await trio.to_thread.run_sync(prepare_blocking, self.frozen, self.base)
             self.session = ExportSession(prepared)
-            with trio.fail_after(CONTACT_SECONDS_MAX):
+            with _answering(self.target):
                 stream = await client.open_stream(calls.EXPORT, calls.Nothing())
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._tell, self.session)

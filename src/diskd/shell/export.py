@@ -177,8 +177,12 @@ class ExportSession:
     """One export over one stream. ``run`` once; the other members are for whoever watches or cleans up."""
 
     def __init__(self, prepared: Prepared) -> None:
+        """Raises Refused for a VM that this format cannot carry."""
         self.prepared = prepared
-        self.encoder = StreamEncoder(prepared.header)
+        try:
+            self.encoder = StreamEncoder(prepared.header)
+        except StreamError as error:
+            raise Refused(f"{prepared.header.vm} cannot be exported: {error}") from error
         # B3: once the trailer may have left, only the receiver knows whether the point exists.
         self.may_have_committed = False
         self._threads = trio.CapacityLimiter(1)
@@ -202,7 +206,8 @@ class ExportSession:
         """Send everything; return when the receiver has committed. Raises Refused, TargetLost, OSError."""
         replies = ReplyReader(stream)
         await self._send(stream, self.encoder.opening)
-        first = await replies.next()
+        while isinstance(first := await replies.next(), Working):
+            pass
         if isinstance(first, Committed):
             return self._check_committed(first, complete=False)
         if not isinstance(first, Ready):

@@ -5,7 +5,7 @@ The file holds the stream as it came, so that whoever has it can verify and appl
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Final
 
@@ -96,6 +96,30 @@ async def export_image(
 async def _receive(
     stream: trio.abc.Stream, output: _Output, on_progress: Progress
 ) -> tuple[ExportHeader, Trailer]:
+    speaking = trio.Lock()
+
+    async def say(reply: Reply) -> None:
+        async with speaking:
+            await _say(stream, reply)
+
+    async def tell() -> None:
+        while True:
+            await trio.sleep(WORKING_SECONDS)
+            await say(Working())
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(tell)
+        result = await _take(stream, output, on_progress, say)
+        nursery.cancel_scope.cancel(reason="done")
+    return result
+
+
+async def _take(
+    stream: trio.abc.Stream,
+    output: _Output,
+    on_progress: Progress,
+    say: Callable[[Reply], Awaitable[None]],
+) -> tuple[ExportHeader, Trailer]:
     decoder = StreamDecoder()
     header: ExportHeader | None = None
     frames = done = 0
@@ -109,17 +133,16 @@ async def _receive(
         for event in events:
             if isinstance(event, ExportHeader):
                 header = event
-                await _say(stream, Ready(WINDOW_BYTES))
+                await say(Ready(WINDOW_BYTES))
             elif isinstance(event, Frame):
                 frames += 1
                 done += len(event.data)
             elif header is not None:
-                await _say(stream, Working())
                 await trio.to_thread.run_sync(output.publish)
-                await _say(stream, Committed(header.point, event.digest.hex()))
+                await say(Committed(header.point, event.digest.hex()))
                 return header, event
         if events:
-            await _say(stream, Ack(frames, 0))
+            await say(Ack(frames, 0))
             on_progress(done)
 
 

@@ -69,7 +69,7 @@ class Repository:
     def __init__(self, root: Path, files: RepositoryFiles) -> None:
         self.root = root
         self._files = files
-        self._names = threading.Lock()
+        self._names = threading.RLock()
 
     def clean_up(self) -> list[str]:
         """Remove what no commit ever named. The paths, for the log."""
@@ -140,12 +140,11 @@ class Repository:
     @contextmanager
     def open(self, vm: str, point: str) -> Iterator[OpenPoint]:
         """A point with its chain. Raises Refused for one that is not there, Damaged."""
-        loaded = self.load(vm)
-        if point in loaded.damaged:
-            raise Damaged(loaded.damaged[point])
-        chain = chain_of(loaded.points, point)
-        opened = open_point(self._directory(vm), chain)
         with self._names:
+            loaded = self.load(vm)
+            if point in loaded.damaged:
+                raise Damaged(loaded.damaged[point])
+            opened = open_point(self._directory(vm), chain_of(loaded.points, point))
             result = opened.__enter__()
         try:
             yield result
@@ -181,6 +180,9 @@ class Repository:
         except Damaged as error:
             return Verified(vm, point, 0, [str(error)])
         total, problems = verify_point(self._directory(vm), chain, poll=poll)
+        if problems and self.load(vm).points != loaded.points:
+            # A synthetic full took its place (or its base's) in the middle: look again.
+            return self.verify(vm, point, poll)
         return Verified(vm, point, total, problems)
 
     def points_of(self, vm: str | None, point: str | None) -> list[tuple[str, str]]:

@@ -164,7 +164,11 @@ class Target:
 
     async def _synthesize(self, request: calls.PointName, call: Call) -> calls.SynthesizeReport:
         await call.progress({"vm": request.vm, "point": request.point})
-        async with self._turn(request.vm, request.point, "a full of it is being synthesized"):
+        if (receiving := self._receiving.get(request.vm)) is not None:
+            raise Refused(
+                f"{request.vm}/{receiving.point} is being written; synthesize again when that has ended"
+            )
+        async with self._turn(request.vm, request.point):
             report = await self._thread(
                 self._repository.synthesize, request.vm, request.point, poll_cancelled
             )
@@ -178,11 +182,11 @@ class Target:
         await receiving.ended.wait()
 
     @asynccontextmanager
-    async def _turn(self, vm: str, point: str, busy: str) -> AsyncIterator[None]:
-        """Be the only one who writes a point of this VM; whoever was before is ended first."""
+    async def _turn(self, vm: str, point: str) -> AsyncIterator[None]:
+        """Be the only one who writes points of this VM; whoever was before is ended first."""
         while (earlier := self._receiving.get(vm)) is not None:
             log.info("export.superseded", vm=vm, point=earlier.point, by=point)
-            await self._end(earlier, f"{busy} ({point})")
+            await self._end(earlier, f"a newer backup of this VM began ({point})")
         try:
             self._slots.acquire_nowait()
         except trio.WouldBlock:
@@ -195,7 +199,9 @@ class Target:
             with mine.scope:
                 yield
             if mine.scope.cancelled_caught:
-                raise Refused(f"{vm}/{point}: ended by the target: {busy}, or the point was settled")
+                raise Refused(
+                    f"{vm}/{point}: ended by a newer backup of this VM, or by its source's settling it"
+                )
         finally:
             if self._receiving.get(vm) is mine:
                 del self._receiving[vm]
@@ -229,7 +235,7 @@ class Target:
             header = await source.next_event()
         if not isinstance(header, ExportHeader):
             raise StreamError("the stream ends before its header")
-        async with self._turn(header.vm, header.point, "a newer backup of this VM began"):
+        async with _signs_of_life(source), self._turn(header.vm, header.point):
             incoming = await self._thread(self._repository.receive, header, source.decoder.opening)
             if isinstance(incoming, Manifest):
                 log.info("export.known", peer=peer, vm=header.vm, point=header.point)
@@ -246,18 +252,17 @@ class Target:
     async def _take(self, source: "_Source", incoming: Incoming) -> Manifest:
         header = incoming.header
         log.info("export.began", vm=header.vm, point=header.point, base=header.base)
-        await _send(source.stream, Ready(WINDOW_BYTES))
+        await source.say(Ready(WINDOW_BYTES))
         trailer = await self._take_frames(source, incoming)
-        async with _signs_of_life(source.stream):
-            manifest = await self._thread(
-                lambda: incoming.commit(
-                    trailer,
-                    source_digest=trailer.digest.hex(),
-                    committed_at=utc_now(),
-                    poll=poll_cancelled,
-                )
+        manifest = await self._thread(
+            lambda: incoming.commit(
+                trailer,
+                source_digest=trailer.digest.hex(),
+                committed_at=utc_now(),
+                poll=poll_cancelled,
             )
-            await self._thread(incoming.publish)
+        )
+        await self._thread(incoming.publish)
         log.info("backup.committed", vm=header.vm, point=header.point, base=header.base, kind=header.kind)
         return manifest
 
@@ -291,7 +296,7 @@ class Target:
                         while len(batch) < _BATCH_FRAMES:
                             batch.append(receive.receive_nowait())
                     await self._thread(write, batch)
-                    await _send(source.stream, Ack(incoming.taken, incoming.durable))
+                    await source.say(Ack(incoming.taken, incoming.durable))
         return trailers[0]
 
     # --- restores ----------------------------------------------------------------------------------
@@ -348,20 +353,20 @@ async def _send(stream: trio.abc.Stream, reply: Reply) -> None:
 
 
 @asynccontextmanager
-async def _signs_of_life(stream: trio.abc.Stream) -> AsyncIterator[None]:
-    """Tell the source regularly that its point is being verified and synced. A source that has gone
-    does not stop the commit: it settles the point later (B3)."""
+async def _signs_of_life(source: "_Source") -> AsyncIterator[None]:
+    """Tell the source regularly that its export is being worked on, however slow the disk is. A source
+    that has gone does not stop a commit: it settles the point later (B3)."""
 
     async def tell() -> None:
         with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError):
             while True:
                 await trio.sleep(WORKING_SECONDS)
-                await _send(stream, Working())
+                await source.say(Working())
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(tell)
         yield
-        nursery.cancel_scope.cancel(reason="committed")
+        nursery.cancel_scope.cancel(reason="done")
 
 
 class _Source:
@@ -370,6 +375,12 @@ class _Source:
     def __init__(self, stream: trio.abc.Stream) -> None:
         self.stream = stream
         self.decoder = StreamDecoder()
+        self._speaking = trio.Lock()
+
+    async def say(self, reply: Reply) -> None:
+        """One message to the source."""
+        async with self._speaking:
+            await _send(self.stream, reply)
 
     async def next_event(self) -> ExportHeader | Frame | Trailer | None:
         """None at the end of the stream."""
