@@ -14,7 +14,7 @@ from diskd_target_process import target_process
 from daemonkit.diskd_api import BackupDisk, BackupRequest
 from daemonkit.errors import OperatorError
 from daemonkit.frames import FrameReader
-from daemonkit.rpc import connect
+from daemonkit.rpc import CallRefused, connect
 from diskd.core import target_calls as calls
 from diskd.core.stream import Ack, Committed, Ready, RefusedReply, StreamAborted, decode_reply
 from diskd.errors import Refused
@@ -151,6 +151,28 @@ async def test_a_newer_backup_of_the_vm_ends_the_one_that_hangs(tmp_path, librar
         assert isinstance(reply, RefusedReply)
         assert "newer backup" in reply.reason
     assert sorted(p.name for p in (tmp_path / "web").iterdir()) == [done.point]
+
+
+async def test_a_synthesis_waits_for_nobody_and_ends_no_backup(tmp_path, library, nursery):
+    address, _ = await start_target(nursery, tmp_path)
+    first = await backup(library, address)
+    library.images["system"].write(0, b"2" * 4096)
+    second = await backup(library, address)
+    frozen, (data, _, opening) = await exported(library)
+    async with connect(address) as client:
+        peer = await open_export(client)
+        await peer.stream.send_all(opening)
+        assert isinstance(await peer.reply(), Ready)
+        with RaisesLeaf(CallRefused, "is being written"):
+            await call(address, calls.SYNTHESIZE, calls.PointName("web", second.point))
+        await peer.stream.send_all(data[len(opening) :])
+        assert isinstance(await peer.last_reply(), Committed)
+    done = await call(address, calls.SYNTHESIZE, calls.PointName("web", second.point))
+    assert done.was == first.point
+    with RaisesLeaf(CallRefused, "no good point"):
+        await call(address, calls.SYNTHESIZE, calls.PointName("web", "rp-" + "e" * 16))
+    listed = await call(address, calls.LIST, calls.VmName("web"))
+    assert [p.point for p in listed.points] == [first.point, second.point, frozen.point]
 
 
 async def test_a_point_that_is_there_is_committed_again(tmp_path, library, nursery):
