@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import attrs
 import pytest
@@ -16,7 +17,9 @@ from image_harness import GatedLayer, MiB, Place, any_writer, cut, new_place, op
 
 from diskd.core import mrt
 from diskd.core.ports import Allocation
+from diskd.core.steps import Allocate, Replace, Step
 from diskd.errors import Damaged, Fenced, NoSuchPoint, Refused
+from diskd.shell.files import Files
 from diskd.shell.image import Image
 
 SIZE = 64 * MiB
@@ -545,3 +548,61 @@ async def test_allocation_tells_data_from_holes(place: Place) -> None:
             Allocation(2 * MiB, 2 * MiB, "hole"),
         ]
         assert image.last_io_ns() is not None
+
+
+class FullFiles(Files):
+    """A file system that is full: nothing new can be written, preallocated files can."""
+
+    def _step(self, step: Step) -> Any:
+        if isinstance(step, Replace | Allocate):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return super()._step(step)
+
+
+async def test_a_full_disk_costs_the_cut_and_never_a_change(place: Place) -> None:
+    """T5: recording a change needs no new space; a cut needs some, and is taken back without."""
+    await create(place)
+    async with open_image(place) as image:
+        point = await cut(image, 1)
+        writer = any_writer(image)
+        roomy, image.files = image.files, FullFiles(place.directory)
+        try:
+            await writer.write(0, b"x")
+            await image.prepare_cut()
+            async with image.held():
+                image.freeze("rp-0000000000000002")
+            await writer.write(8 * MiB, b"x")
+            with pytest.raises(OSError, match="space") as caught:
+                await image.persist_cut()
+            assert caught.value.errno == errno.ENOSPC
+            await image.cancel_cut()
+            with pytest.raises(OSError, match="space"):
+                await image.delete_point(point)
+            await writer.write(9 * MiB, b"x")
+            await image.flush_tracking()
+            await writer.flush()
+        finally:
+            image.files.close()
+            image.files = roomy
+        assert [known.id for known in image.points()] == [point]
+        assert blocks(image, point) == {0, 2048, 2304}
+        newer = await cut(image, 3)
+        await image.close()
+    async with open_image(place) as image:
+        assert image.opened_how == "clean"
+        assert blocks(image, point) == {0, 2048, 2304}
+        assert blocks(image, newer) == set()
+        await image.close()
+
+
+async def test_tracking_is_flushed_in_the_background(place: Place) -> None:
+    await create(place)
+    quick = attrs.evolve(place, settings=attrs.evolve(place.settings, tracking_flush_interval_ns=10**7))
+    async with open_image(quick) as image, trio.open_nursery() as nursery:
+        await nursery.start(image.run)
+        await any_writer(image).write(0, b"x")
+        deadline = time.monotonic() + 20
+        while image.tracker.open_count:
+            assert time.monotonic() < deadline
+            await trio.testing.wait_all_tasks_blocked(0.01)
+        await image.close()
