@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from clusterd.core.effects import SendHeartbeat
+from clusterd.core.types import EventName
 from clusterd.sim.run import ScenarioRun, expected_trace, load_scenario, rewrite, simulate
 from clusterd.sim.world import Host, World
 
@@ -91,3 +92,9 @@ def test_crash_anywhere(name: str) -> None:
             images = run.world.storage.image(vm)
             writers = [process for _, process in live if process.epoch == images.epoch]
             assert len(writers) <= 1 or not images.journal, (k, vm)
+
+
+def test_every_declared_event_occurs_in_a_golden() -> None:
+    told = "".join("\n".join(expected_trace(ROOT / name) or []) for name in SCENARIOS)
+    told += (Path(__file__).parent / "test_cluster_stories.py").read_text(encoding="utf-8")
+    assert [event.value for event in EventName if event.value not in told] == []

@@ -376,3 +376,40 @@ def test_explain_answers_from_the_code_that_decides() -> None:
     assert answers["web"]["target"] in ("n2", "n3")
     assert answers["web"]["after_s"] == 6.0
     assert answers["lone"]["outcome"] == "hold"
+
+
+def test_the_leaders_own_isolation_is_counted_once_as_well() -> None:
+    story = Story()
+    leader = story.status["leader"]
+    for times in (1, 2):
+        story.do(f"isolate {leader}")
+        story.until(lambda s: s["nodes"][leader]["state"] == "isolated", 10)
+        story.do("heal")
+        story.until(lambda s: s["nodes"][leader]["state"] == "up")
+        story.until(lambda s, n=times: s["nodes"][leader]["ungraceful_exits"] == n, 10)
+    story.world.run_for(10 * SECOND)
+    assert [n["ungraceful_exits"] for _, n in sorted(story.status["nodes"].items())].count(0) == 2
+    assert story.status["nodes"][leader]["ungraceful_exits"] == 2
+
+
+def test_a_copy_that_meets_a_newer_epoch_is_stopped_and_the_counter_is_raised_above_it() -> None:
+    story = Story()
+    story.command(c.AddVm(vm()))
+    first = story.online(on="n1")
+    story.do("pause n1.web")  # its own writes would find out first
+    story.world.storage.acquire("web", 99, "somebody else")
+    story.until(lambda _: story.noted("vm.fenced"), 10)
+    again = story.until(lambda s: s["vms"]["web"]["state"] == "online" and s["vms"]["web"]["epoch"] > 99)
+    assert again["vms"]["web"]["pid"] != first["pid"]
+
+
+def test_a_stall_of_the_own_loop_isolates_nobody_in_its_eyes() -> None:
+    story = Story()
+    story.do("pause n1.clusterd")
+    story.world.run_for(3 * SECOND)
+    before = len(story.world.trace)
+    story.do("resume n1.clusterd")
+    assert story.noted("loop.stalled")
+    story.until(lambda s: s["nodes"]["n1"]["state"] == "up")
+    after = story.world.trace[before:]
+    assert [line for line in after if " n1 node.isolated " in line] == []

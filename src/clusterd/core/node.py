@@ -237,6 +237,7 @@ class NodeCore:
             desk.wake(desk.started_at + isolation)
         self.store.tick()
         self._judge_self()
+        self.nodes.observe()
         is_present = self.registration.decide()
         self.watching.decide()
         self.owner.decide()

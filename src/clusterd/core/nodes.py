@@ -4,6 +4,10 @@
 first saw that revision, plus what has happened since. What differs is written, one guarded transaction per
 node; elapsed times alone are rewritten once per isolation time. So a change of leader may lengthen a
 window or a quarantine by that much, but never shorten it.
+
+An isolation that no leader wrote down, because it was the leader's own or nobody led, is remembered by
+everybody who saw it from a majority, and by the node itself (``observe``). Whoever leads next counts it; a
+change of the record in the meantime shows that somebody has dealt with it. So an exit is counted once.
 """
 
 from typing import Final
@@ -13,12 +17,13 @@ import attrs
 from clusterd.core import quarantine, records
 from clusterd.core.desk import Desk
 from clusterd.core.isolation import longest_ns, opened, progressed
-from clusterd.core.membership import goodbye, in_contact, is_lost
+from clusterd.core.membership import counted_members, goodbye, in_contact, is_lost
 from clusterd.core.records import HeldItem, NodeRecord
 from clusterd.core.store_session import StoreSession
 from clusterd.core.types import EventName
 
 REWRITE_NEVER_NS: Final = 1 << 62
+UNCOUNTED_SESSIONS: Final = 4  # by then a leader has been found, or there is none to count
 
 
 @attrs.define
@@ -31,6 +36,8 @@ class NodeRecords:
     written_at: dict[str, int] = attrs.field(factory=dict)
     lost_since: dict[str, int] = attrs.field(factory=dict)
     capped: set[str] = attrs.field(factory=set)
+    lost_at: dict[str, int] = attrs.field(factory=dict)  # revision of its record when it was lost
+    uncounted: dict[str, tuple[int, int]] = attrs.field(factory=dict)  # that revision, our time of return
     pending: dict[str, tuple[NodeRecord, NodeRecord]] = attrs.field(factory=dict)
 
     def reset(self) -> None:
@@ -39,6 +46,25 @@ class NodeRecords:
         self.lost_since.clear()
         self.written_at.clear()
         self.capped.clear()
+
+    def observe(self) -> None:
+        """Every round, leader or not: remember isolations that may stay uncounted."""
+        desk = self.desk
+        members = counted_members(desk)
+        sees_majority = 2 * sum(1 for name in members if in_contact(desk, name)) > len(members)
+        for name in members:
+            revision = desk.view.mod(f"nodes/{name}")
+            is_ours = name == desk.name
+            is_gone = desk.is_self_isolated if is_ours else is_lost(desk, name)
+            if is_gone:
+                if (is_ours or sees_majority) and goodbye(desk, name) is None:
+                    self.lost_at.setdefault(name, revision)
+            elif self.lost_at.pop(name, -1) == revision:
+                self.uncounted[name] = (revision, desk.now)
+        patience = UNCOUNTED_SESSIONS * desk.properties.store_session_ns
+        for name, (revision, at) in list(self.uncounted.items()):
+            if desk.view.mod(f"nodes/{name}") != revision or desk.now > at + patience:
+                del self.uncounted[name]
 
     def refresh(self) -> None:
         """Every record as of now; write those that differ."""
@@ -64,6 +90,8 @@ class NodeRecords:
         desk, window = self.desk, record.window
         if not is_lost(desk, name):
             self.lost_since.pop(name, None)
+            if window is None and name in self.uncounted and record.quarantine_elapsed_ns is None:
+                return quarantine.count_exit(record)
             if window is None or not in_contact(desk, name):
                 return record
             closed = attrs.evolve(record, window=None)
