@@ -1,14 +1,16 @@
 """Real clusterd processes with a witness on loopback: the shell and the core together."""
 
+import json
 import os
 import signal
 import socket
 import sys
 from pathlib import Path
+from subprocess import PIPE
 
 import pytest
 import trio
-from clusterd_trio import DEADLINE_S, FAST, all_up, running_trio, vm_is, write_members
+from clusterd_trio import BIN, DEADLINE_S, FAST, all_up, running_trio, vm_is, write_members
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
@@ -146,3 +148,26 @@ async def test_a_second_clusterd_on_the_same_data_is_refused_and_the_first_lives
                 port = int(text.split("[[networks]]")[1].split("127.0.0.1:")[1].split('"')[0])
                 sender.sendto(nonsense, ("127.0.0.1", port))
         await cluster.until(all_up, "still up")
+
+        # Somebody follows the events; when the daemon vanishes, so does he, with exit code 1.
+        argv = [
+            str(BIN / "clusterctl"),
+            "--node",
+            cluster.members["n1"].control,
+            "events",
+            "--follow",
+            "--json",
+        ]
+        follower = await trio.lowlevel.open_process(argv, stdout=PIPE, stderr=PIPE)
+        assert follower.stdout is not None
+        assert follower.stderr is not None
+        async with follower.stdout, follower.stderr:
+            with trio.fail_after(DEADLINE_S):
+                line = b""
+                while b"\n" not in line:
+                    line += await follower.stdout.receive_some()
+                first = json.loads(line.splitlines()[0])
+                assert (first["event"], first["node"], first["seq"]) == ("node.started", "n1", 1)
+                await cluster.members["n1"].kill()
+                assert await follower.wait() == 1
+                assert len((await follower.stderr.receive_some()).splitlines()) == 1

@@ -61,6 +61,7 @@ class CoreLoop:
         self._woken = trio.Event()
         self._unwritten: Persist | None = None
         self._persist_wanted = trio.Event()
+        self._persist_limiter = trio.CapacityLimiter(1)
         self._ticket_asked = 0
         self._ticket_durable = 0
         self._waiting: deque[tuple[int, Act]] = deque()
@@ -159,7 +160,9 @@ class CoreLoop:
             if persist is None:
                 continue
             try:
-                await trio.to_thread.run_sync(replace_file, self._state_path, persist.document)
+                await trio.to_thread.run_sync(
+                    replace_file, self._state_path, persist.document, limiter=self._persist_limiter
+                )
             except OSError as error:
                 # A node that cannot remember must not act (S7): better to end, VMs going on, than to guess.
                 raise OperatorError(
