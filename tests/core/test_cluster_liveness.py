@@ -29,7 +29,7 @@ class Mesh:
                     if name != sender and (sender, name) not in self.cuts:
                         node.heard(heartbeat, "x", self.now)
             for node in self.nodes.values():
-                node.evaluate(self.now)
+                node.evaluate(self.now, losses=True)
 
     def contact(self, a: str, b: str) -> bool:
         return self.nodes[a].peers[b].in_contact
@@ -101,8 +101,8 @@ def test_a_stall_of_our_own_loop_isolates_nobody() -> None:
     mesh.beat(3)
     stall = 5 * SECOND
     mesh.now += stall
-    mesh.nodes["a"].shift(stall)
-    assert mesh.nodes["a"].evaluate(mesh.now) == []
+    mesh.nodes["a"].shift(stall, mesh.now)
+    assert mesh.nodes["a"].evaluate(mesh.now, losses=True) == []
 
 
 def test_the_longer_isolation_time_of_both_counts() -> None:

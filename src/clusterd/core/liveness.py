@@ -154,21 +154,30 @@ class Contacts:
             return self.is_fresh(peer, peer.acknowledged_at, now)
         return True
 
-    def evaluate(self, now: int) -> list[Peer]:
-        """Judge every peer; those whose contact changed, in name order."""
+    def evaluate(self, now: int, *, losses: bool) -> list[Peer]:
+        """Judge every peer; those whose contact changed, in name order. ``losses`` False: contact is only
+        gained. After a stall of our own loop old evidence is looked at before ``shift`` has made it younger,
+        so contact is lost at deadlines only, which come last."""
         changed = []
         for peer in self.peers.values():
             verdict = self.judge(peer, now)
-            if verdict != peer.in_contact:
+            if verdict != peer.in_contact and (verdict or losses):
                 peer.in_contact = verdict
                 # A relay of an older us proves nothing: only who knows this incarnation of ours was met.
                 peer.met = peer.met or (verdict and peer.acknowledged_at is not None)
                 changed.append(peer)
         return changed
 
-    def would_change(self, now: int) -> bool:
-        """Whether evidence that has just come changes a verdict: cheap, for every datagram."""
-        return any(self.judge(peer, now) != peer.in_contact for peer in self.peers.values())
+    def would_change(self, now: int) -> bool | None:
+        """Whether evidence that has just come gains a contact (True), or ends one (None): cheap, for every
+        datagram."""
+        ends: bool | None = False
+        for peer in self.peers.values():
+            if self.judge(peer, now) != peer.in_contact:
+                if not peer.in_contact:
+                    return True
+                ends = None
+        return ends
 
     def next_expiry(self, now: int) -> int | None:
         """When the first contact may end. Evidence that comes meanwhile makes it later, never earlier."""
@@ -181,16 +190,18 @@ class Contacts:
                 expiries.append(min(at for at in ends if at is not None) + self.lasts_ns(peer))
         return min(expiries, default=None)
 
-    def shift(self, duration_ns: int) -> None:
-        """Our own loop stood still: evidence could not arrive, so it is younger than it looks."""
+    def shift(self, duration_ns: int, now: int) -> None:
+        """Our own loop stood still: evidence could not arrive, so it is younger than it looks. What has been
+        drained since is not made younger than now."""
+
+        def younger(at: int | None) -> int | None:
+            return None if at is None else min(at + duration_ns, now)
+
         for peer in self.peers.values():
-            if peer.advanced_at is not None:
-                peer.advanced_at += duration_ns
-            if peer.direct_at is not None:
-                peer.direct_at += duration_ns
-            if peer.acknowledged_at is not None:
-                peer.acknowledged_at += duration_ns
-        self.sent = {sequence: at + duration_ns for sequence, at in self.sent.items()}
+            peer.advanced_at = younger(peer.advanced_at)
+            peer.direct_at = younger(peer.direct_at)
+            peer.acknowledged_at = younger(peer.acknowledged_at)
+        self.sent = {sequence: min(at + duration_ns, now) for sequence, at in self.sent.items()}
 
     def reachability(self, now: int) -> dict[str, dict[str, str]]:
         """Who hears whom: ``both``, ``in`` (the row's node hears the column's), ``out``, ``none``.

@@ -125,12 +125,15 @@ class NodeCore:
             desk.remember(incarnation=newer + 1)
             self.jump = (0, newer + 1)
             desk.note(EventName.NODE_INCARNATION_JUMPED, node=desk.name, incarnation=newer + 1)
-        return desk.contacts.would_change(desk.now)
+        change = desk.contacts.would_change(desk.now)
+        if change is None:  # contact is lost at deadlines only: make one
+            self.contact_at = desk.now
+        return bool(change)
 
     def _deadline(self) -> bool:
         now, is_news = self.desk.now, False
         if self.contact_at is not None and now >= self.contact_at:
-            is_news = bool(self.desk.contacts.evaluate(now))
+            is_news = bool(self.desk.contacts.evaluate(now, losses=True))
             self.contact_at = self.desk.contacts.next_expiry(now)
         if self.beat_at is not None and now >= self.beat_at:
             self._beat()
@@ -153,7 +156,7 @@ class NodeCore:
             case events.Started():
                 self._start()
             case events.LoopStalled(duration_ns):
-                self.desk.contacts.shift(duration_ns)
+                self.desk.contacts.shift(duration_ns, self.desk.now)
                 self.desk.note(EventName.LOOP_STALLED, duration_ns=duration_ns)
                 return False
             case events.Persisted(ticket):
@@ -231,8 +234,8 @@ class NodeCore:
         desk.contacts.go_by(isolation, desk.now)
         if self.beat_at is not None:  # a shorter interval counts from now on
             self.beat_at = min(self.beat_at, desk.now + desk.properties.heartbeat_interval_ns)
-        desk.contacts.evaluate(desk.now)
-        self.contact_at = desk.contacts.next_expiry(desk.now)
+        desk.contacts.evaluate(desk.now, losses=False)
+        self.contact_at = desk.contacts.next_expiry(desk.now)  # in the past: a loss waits for the deadline
         if desk.now < desk.started_at + isolation:
             desk.wake(desk.started_at + isolation)
         self.store.tick()
