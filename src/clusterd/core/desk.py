@@ -36,6 +36,7 @@ class Desk:
     isolated_since: int = 0
     is_unsure: bool = False  # was isolated, and has not read the store since: runs may be stale
     is_leaving_process: bool = False
+    expected: dict[str, tuple[int, int]] = attrs.field(factory=dict)  # incarnation present, since when
     next_request: int = 1
     ticket: int = 0
     is_dirty: bool = False

@@ -32,12 +32,18 @@ def in_contact(desk: Desk, node: str) -> bool:
 
 
 def is_lost(desk: Desk, node: str) -> bool:
-    """No contact, and not merely because this clusterd has just begun to listen."""
+    """No contact, and not merely because this clusterd, or that one, has just begun: who was never met is
+    given one isolation time from when both of us were there to be heard."""
     if in_contact(desk, node):
         return False
     peer = desk.contacts.peers.get(node)
-    listened = desk.now >= desk.started_at + desk.properties.isolation_ns
-    return listened or (peer is not None and peer.met)
+    if peer is not None and peer.met:
+        return True
+    began_at = max(desk.started_at, desk.expected.get(node, (0, desk.started_at))[1])
+    until = began_at + desk.properties.isolation_ns
+    if desk.now < until:
+        desk.wake(until)
+    return desk.now >= until
 
 
 def goodbye(desk: Desk, node: str) -> records.Goodbye | None:

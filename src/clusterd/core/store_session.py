@@ -128,10 +128,19 @@ class StoreSession:
             self._unknown(str(error))
             return True
         self.last_read_asked_at = self.read_asked_at
+        self._expect()
         was_known, was_stale = desk.store_known, self.is_stale
         self.is_stale = False
         self._known()
         return changed or not was_known or was_stale or desk.now >= self.next_read_at
+
+    def _expect(self) -> None:
+        """Remember since when we could have heard each node that is present (``membership.is_lost``)."""
+        desk = self.desk
+        for name in desk.view.members():
+            presence = desk.view.presence(name)
+            if presence is not None and presence.incarnation > desk.expected.get(name, (0, 0))[0]:
+                desk.expected[name] = (presence.incarnation, desk.now)
 
     def _check_identity(self, event: events.StoreSnapshot) -> None:
         """S6: raises StoreUnknown for a store that is empty, older or another one's."""
