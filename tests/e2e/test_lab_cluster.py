@@ -70,6 +70,8 @@ async def nothing_lost(lab: Lab) -> list[tuple[int, str, int, int]]:
 
 @pytest.mark.lab(nodes=3, properties={"resiliency_period": "4s"})
 async def test_lab_pulled_cable_short_and_long(lab: Lab) -> None:
+    nodes = (await lab.cluster_status())["nodes"]
+    assert {name: node["ungraceful_exits"] for name, node in nodes.items()} == dict.fromkeys(lab.nodes, 0)
     before = await add_guest(lab, "web", OPTIONS)
     assert before["owner"] == "n1"
 

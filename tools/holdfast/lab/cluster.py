@@ -14,6 +14,7 @@ import os
 import secrets
 import shutil
 import signal
+import tomllib
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -42,6 +43,7 @@ UP_SECONDS_MAX: Final = 60.0
 KEY_BYTES: Final = 32
 # A lab shows in seconds what a real cluster does in minutes; the session follows from the first two.
 LAB_PROPERTIES: Final = {"heartbeat_interval": "200ms", "heartbeat_threshold": "5"}
+SHARED_MEMORY: Final = Path("/dev/shm")
 SESSION_NS_MIN: Final = 2 * SECOND
 
 
@@ -360,11 +362,21 @@ def prepare_directory(directory: Path) -> None:
         old = Lab.load(directory)
         if processes.marked(old.state.lab_id):
             raise OperatorError(f"a lab is up in {directory}: `lab down` first, or use another --dir")
+        forget_bitmaps(directory)
         for entry in directory.iterdir():
             if entry.name != "lock":
                 shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
     elif directory.exists() and any(entry.name != "lock" for entry in directory.iterdir()):
         raise OperatorError(f"{directory} is not empty, and no lab: choose another --dir")
+
+
+def forget_bitmaps(directory: Path) -> None:
+    """Remove what a killed diskd left in shared memory for the images of a lab that is thrown away."""
+    for path in directory.glob("diskd/images/*/image.toml"):
+        with contextlib.suppress(OSError, ValueError):
+            identity = str(tomllib.loads(path.read_text()).get("uuid", "")).replace("-", "")
+            for bitmap in SHARED_MEMORY.glob(f"holdfast-{identity}-*") if identity else ():
+                bitmap.unlink()
 
 
 def _write_files(directory: Path, layout: Layout, seed: int) -> None:
@@ -405,19 +417,17 @@ async def bring_up(directory: Path, options: UpOptions, *, is_remembered: bool =
         prepare_directory(directory)
         _write_files(directory, layout, options.seed)
         lab = Lab(directory, LabState(uuid.uuid4().hex, layout))
+        if is_remembered:
+            state.remember_directory(directory)  # also if this is interrupted: `lab down` then finds it
         async with _undone_on_failure(lab):
             await lab.start_process(PROXY)
             await _start_all(lab, [STORE, DISKD, TARGET])
             for node in lab.nodes:
                 lab._boot(node)
-            # The first node records the properties before there is a second one: a cluster that beats
-            # at two paces while a change spreads would count false isolations.
-            await lab.start_process(lab.nodes[0])
-            await lab.set_properties(effective_properties(options.properties))
-            await _start_all(lab, lab.nodes[1:])
+            await _start_all(lab, lab.nodes)
             await lab.wait_up()
-        if is_remembered:
-            state.remember_directory(directory)
+            await lab.set_properties(effective_properties(options.properties))
+            await lab.wait_up()
         return lab
     finally:
         os.close(descriptor)

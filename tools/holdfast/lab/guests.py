@@ -7,6 +7,7 @@ The order in ``check`` matters: everything in the copy was flushed before the ch
 it has to be there, while the guest runs on.
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -19,6 +20,7 @@ import trio
 from clusterd.core.calls import VM_ADD, VmFile
 from daemonkit.durable import replace_file
 from daemonkit.errors import OperatorError
+from daemonkit.rpc import CallRefused
 from daemonkit.units import MiB
 from holdfast.checker.disk import open_disk
 from holdfast.checker.verdict import Verdict, judge
@@ -113,12 +115,24 @@ async def add_guest(lab: Lab, name: str, options: GuestOptions) -> dict[str, Any
     path = acks_path(lab, name)
     if path.exists():
         raise OperatorError(f"a guest {name!r} was added before: choose another name")
-    for image in image_names(name, options.disks):
-        await run_tool(lab, "diskctl", "image", "create", image, str(options.size_bytes))
-    path.touch()
-    text = to_toml(vm_document(lab, name, options))
-    replace_file(lab.directory / "guests" / f"{name}.toml", text.encode())
-    await lab.ask_cluster(VM_ADD, VmFile(text))
+    images: list[str] = []
+    refused: CallRefused | None = None
+    try:
+        for image in image_names(name, options.disks):
+            await run_tool(lab, "diskctl", "image", "create", image, str(options.size_bytes))
+            images.append(image)
+        path.touch()
+        text = to_toml(vm_document(lab, name, options))
+        replace_file(lab.directory / "guests" / f"{name}.toml", text.encode())
+        await lab.ask_cluster(VM_ADD, VmFile(text))
+    except CallRefused as error:
+        refused = error
+    if refused is not None:
+        path.unlink(missing_ok=True)
+        for image in images:
+            with contextlib.suppress(OperatorError):
+                await run_tool(lab, "diskctl", "image", "delete", image)
+        raise refused
     return await _wait_writing(lab, name)
 
 
