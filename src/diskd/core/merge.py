@@ -51,6 +51,9 @@ COPY_BYTES_MAX = 1 * MiB
 # Writes to a firm batch wait for a copy and two syncs; it is kept small, so that they wait for little else.
 FIRM_BLOCKS_MAX = 64
 
+# Zeroed blocks cost no copy, so a batch takes that many more of them.
+ZEROES_FACTOR = 16
+
 Admission = Literal["parent", "avhd", "wait"]
 
 
@@ -106,8 +109,15 @@ class Merge:
     def _next(self, busy: frozenset[int]) -> list[int]:
         """From the cursor on, so that a block which the guest rewrites all the time holds up no other."""
         for start in (self.cursor, 0):
-            found = self.map.entries_from(start, self.blocks_max + len(busy))
-            blocks = [block for block in found if block not in busy][: self.blocks_max]
+            found = self.map.entries_from(start, self.blocks_max * ZEROES_FACTOR + len(busy))
+            blocks: list[int] = []
+            to_copy = 0
+            for block in found:
+                if block not in busy:
+                    to_copy += self.map.state(block) == DATA
+                    if to_copy > self.blocks_max:
+                        break
+                    blocks.append(block)
             if blocks:
                 return blocks
         return []
