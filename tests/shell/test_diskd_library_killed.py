@@ -126,7 +126,7 @@ async def begin_life(library: Library, guest: Guest, stage: str) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["at rest", "sealed", "merging"])
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(3))
 async def test_a_killed_daemon_loses_no_acknowledged_write(tmp_path, seed, stage):
     guest = Guest(random.Random(seed))
     async with doomed(tmp_path) as library:
@@ -154,7 +154,7 @@ async def test_a_killed_daemon_loses_no_acknowledged_write(tmp_path, seed, stage
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["at rest", "sealed", "merging"])
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(3))
 async def test_losing_shared_memory_loses_no_flushed_write(tmp_path, seed, stage):
     guest = Guest(random.Random(1000 + seed))
     async with doomed(tmp_path) as library:
