@@ -604,5 +604,5 @@ async def test_tracking_is_flushed_in_the_background(place: Place) -> None:
         deadline = time.monotonic() + 20
         while image.tracker.open_count:
             assert time.monotonic() < deadline
-            await trio.testing.wait_all_tasks_blocked(0.01)
+            await trio.lowlevel.checkpoint()
         await image.close()
