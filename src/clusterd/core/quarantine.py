@@ -48,6 +48,7 @@ def is_due(record: NodeRecord, properties: Properties) -> bool:
 
 
 def enter(record: NodeRecord) -> NodeRecord:
+    """The record of a node whose quarantine begins now."""
     return attrs.evolve(record, quarantine_elapsed_ns=0)
 
 
