@@ -6,7 +6,7 @@ one live run of a VM without disks) is checked by the simulated world itself.
 
 from clusterd.core import quarantine, records
 from clusterd.core.effects import Ready, SpawnRun, WriteStore
-from clusterd.core.membership import admission, standing
+from clusterd.core.membership import admission
 from clusterd.core.node import NodeCore
 from clusterd.core.state import decode_state
 from clusterd.core.types import Admission, VmState
@@ -50,7 +50,7 @@ def _check_write(core: NodeCore, effect: WriteStore) -> None:
         if key.endswith("/assignment"):
             if not {"leader", key, key.replace("/assignment", "/run")} <= guards:
                 raise _broken(core, "S2", f"{key} is written unguarded")
-            if standing(core.desk) == "minority":
+            if _is_minority(core):
                 raise _broken(core, "S3", f"{key} is written from a minority")
             new = records.decode_record(records.Assignment, key, put.value)
             old = view.record(key, records.Assignment)
@@ -58,6 +58,24 @@ def _check_write(core: NodeCore, effect: WriteStore) -> None:
                 _check_start(core, key, new)
         elif key.endswith("/run") and not {key, key.replace("/run", "/assignment")} <= guards:
             raise _broken(core, "S2", f"{key} is written unguarded")
+
+
+def _is_minority(core: NodeCore) -> bool:
+    """S3, counted anew from the evidence itself, so that a mistake in ``membership`` does not hide here."""
+    desk, view = core.desk, core.desk.view
+    present = [name for name in view.members() if view.presence(name) is not None]
+    counted = [
+        name
+        for name in present
+        if view.members()[name].admission != "leaving" and view.node(name).quarantine_elapsed_ns is None
+    ]
+    alive, heard = counted or present, 0
+    for name in alive:
+        peer = desk.contacts.peers.get(name)
+        lasts = max(desk.contacts.isolation_ns, peer.isolation_ns) if peer else 0
+        fresh = peer is not None and peer.advanced_at is not None and desk.now < peer.advanced_at + lasts
+        heard += name == desk.name or fresh
+    return 2 * heard < len(alive)
 
 
 def _check_start(core: NodeCore, key: str, new: records.Assignment) -> None:

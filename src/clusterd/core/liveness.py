@@ -168,16 +168,14 @@ class Contacts:
                 changed.append(peer)
         return changed
 
-    def would_change(self, now: int) -> bool | None:
-        """Whether evidence that has just come gains a contact (True), or ends one (None): cheap, for every
-        datagram."""
-        ends: bool | None = False
+    def would_change(self, sender: str, now: int) -> bool | None:
+        """Whether a heartbeat that has just come gains a contact (True), or ends the sender's (None). Cheap,
+        for every datagram: it can end no other contact, and gain only one that is not there."""
         for peer in self.peers.values():
-            if self.judge(peer, now) != peer.in_contact:
-                if not peer.in_contact:
-                    return True
-                ends = None
-        return ends
+            if not peer.in_contact and self.judge(peer, now):
+                return True
+        peer = self.peers[sender]
+        return None if peer.in_contact and not self.judge(peer, now) else False
 
     def next_expiry(self, now: int) -> int | None:
         """When the first contact may end. Evidence that comes meanwhile makes it later, never earlier."""

@@ -125,7 +125,7 @@ class NodeCore:
             desk.remember(incarnation=newer + 1)
             self.jump = (0, newer + 1)
             desk.note(EventName.NODE_INCARNATION_JUMPED, node=desk.name, incarnation=newer + 1)
-        change = desk.contacts.would_change(desk.now)
+        change = desk.contacts.would_change(heartbeat.node, desk.now)
         if change is None:  # contact is lost at deadlines only: make one
             self.contact_at = desk.now
         return bool(change)
