@@ -144,4 +144,3 @@ def _judge_load(layout: Layout, load_writes: int, read: ReadDisk) -> tuple[list[
         if found is None or found < number or load_target(layout, found) != index:
             lost.append(f"load block {index}: write {number} expected, found {found or 'something else'}")
     return lost, len(newest)
-
