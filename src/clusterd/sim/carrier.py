@@ -223,6 +223,7 @@ class Carrier:
                 if not world.storage.write(image, process.epoch, host.name, world.now):
                     world.end_process(host, process, 1, "its write was refused")
                     return
+                world.acknowledged[image] = world.acknowledged.get(image, 0) + 1
         world.after(world.write_interval_ns, lambda: self._write(host, process))
 
     def _stop(self, host: "Host", effect: effects.StopRun) -> None:

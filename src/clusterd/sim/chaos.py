@@ -203,8 +203,11 @@ def run_chaos(seed: int, seconds: int = 40) -> ChaosResult:
         if not world.run_while(lambda: bool(chaos.unrest()), world.now + SETTLE_NS, SECOND):
             failures += [f"L1: {text}" for text in chaos.unrest()]
         for image in sorted(world.storage.images):
-            if world.storage.report(image).overlaps:
-                failures.append(f"S1: overlaps in the journal of {image}")
+            report = world.storage.report(image, world.acknowledged.get(image, 0))
+            if report.overlaps or report.lost:
+                failures.append(
+                    f"S1: overlaps {report.overlaps}, lost {report.lost} in the journal of {image}"
+                )
     except InvariantBroken as error:
         failures.append(str(error))
     return ChaosResult(seed, failures, world.trace, frozenset(world.noted))

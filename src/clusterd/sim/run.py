@@ -147,12 +147,13 @@ class ScenarioRun:
 
     def _check_journals(self) -> None:
         for image in sorted(self.world.storage.images):
-            report = self.world.storage.report(image)
+            report = self.world.storage.report(image, self.world.acknowledged.get(image, 0))
             gap = report.longest_gap_ns // MILLISECOND / 1000
             owners = ",".join(f"{epoch}:{node}" for epoch, node in report.owners)
-            self._say(f"journal {image}: overlaps 0, lost 0, longest gap {gap:.3f}s, owners {owners}")
-            if report.overlaps:
-                self.failures.append(f"journal {image}: {report.overlaps} overlaps")
+            counts = f"overlaps {report.overlaps}, lost {report.lost}"
+            self._say(f"journal {image}: {counts}, longest gap {gap:.3f}s, owners {owners}")
+            if report.overlaps or report.lost:
+                self.failures.append(f"journal {image}: {counts}")
 
 
 def vm_config(vm: ScenarioVm) -> VmConfig:

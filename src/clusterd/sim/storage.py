@@ -33,6 +33,7 @@ class JournalReport:
     """As ``lab guest check`` reports it."""
 
     records: int
+    lost: int
     overlaps: int
     owners: tuple[tuple[int, str], ...]
     longest_gap_ns: int
@@ -65,10 +66,13 @@ class SimStorage:
         image.last_io = now
         return True
 
-    def report(self, name: str) -> JournalReport:
-        """What the independent checker would say of this journal."""
+    def report(self, name: str, acknowledged: int) -> JournalReport:
+        """What the independent checker would say of this journal. ``acknowledged``: what the guests counted
+        themselves."""
         journal = self.image(name).journal
         overlaps = sum(1 for a, b in itertools.pairwise(journal) if b.epoch < a.epoch)
         gaps = [b.at - a.at for a, b in itertools.pairwise(journal)]
         owners = tuple(dict.fromkeys((record.epoch, record.node) for record in journal))
-        return JournalReport(len(journal), overlaps, owners, max(gaps, default=0))
+        return JournalReport(
+            len(journal), max(0, acknowledged - len(journal)), overlaps, owners, max(gaps, default=0)
+        )

@@ -69,6 +69,7 @@ class World:
     trace: list[str] = attrs.field(factory=list)
     noted: set[str] = attrs.field(factory=set)
     answers: dict[int, effects.AnswerCommand] = attrs.field(factory=dict)
+    acknowledged: dict[str, int] = attrs.field(factory=dict)  # by image, counted by the guests
     cut_after: Callable[[Host, object], bool] | None = None
     node_memory_bytes: int = 4 * GiB
     write_interval_ns: int = WRITE_INTERVAL_NS
