@@ -13,6 +13,7 @@ from diskd.core.catalog import (
     by_commit,
     chain_of,
     check_incoming,
+    commit_time,
     decode_manifest,
     dependants,
     encode_manifest,
@@ -154,3 +155,18 @@ def test_every_flipped_bit_of_a_manifest_is_found():
 def test_garbage_is_damage(data):
     with pytest.raises(Damaged):
         decode_manifest(data, vm="web", point=name(1))
+
+
+@pytest.mark.parametrize(
+    "now", ["2025-01-01T00:00:00+00:00", "2026-01-01T00:00:05+00:00", "2026-07-01T00:00:00+00:00"]
+)
+def test_a_point_is_committed_after_every_earlier_one_whatever_the_clock_says(now):
+    at = commit_time(now, CHAIN)
+    newcomer = manifest(9, at=at)
+    assert by_commit([newcomer, *CHAIN.values()])[-1] == newcomer
+    again = manifest(8, at=commit_time(now, points(newcomer, *CHAIN.values())))
+    assert [m.point for m in by_commit([again, newcomer])] == [name(9), name(8)]
+
+
+def test_the_first_point_is_committed_now():
+    assert commit_time("2026-01-01T00:00:00+00:00", {}) == "2026-01-01T00:00:00.000000+00:00"

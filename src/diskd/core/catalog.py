@@ -9,6 +9,7 @@ A point exists when its directory has its final name, which is the last thing th
 Nothing here does I/O: the shell reads bytes and asks.
 """
 
+import datetime as dt
 import json
 from collections.abc import Iterable, Mapping
 from typing import Any, Final, TypeAlias
@@ -197,8 +198,21 @@ def offered(points: Points) -> list[TargetPoint]:
     ]
 
 
+def commit_time(now: str, points: Points) -> str:
+    """When a point is committed that comes after all of ``points``: now (UTC, ISO 8601), but always later
+    than the newest of them, so that a clock which was set back cannot reorder a history."""
+    newest = max((manifest.committed_at for manifest in points.values()), default="")
+    try:
+        after = dt.datetime.fromisoformat(newest) + dt.timedelta(microseconds=1) if newest else None
+        current = dt.datetime.fromisoformat(now)
+        later = current if after is None else max(current, after)
+    except (ValueError, TypeError, OverflowError):
+        return now  # An older manifest's time cannot be read: nothing to come after.
+    return later.isoformat(timespec="microseconds")
+
+
 def by_commit(manifests: Iterable[Manifest]) -> list[Manifest]:
-    """Oldest first; points committed in one second are ordered so that a base precedes what needs it."""
+    """Oldest first; where times are equal a base precedes what needs it."""
     ordered: list[Manifest] = []
     waiting = sorted(manifests, key=lambda manifest: (manifest.committed_at, manifest.point))
     present = {manifest.point for manifest in waiting}

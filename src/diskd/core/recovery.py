@@ -87,8 +87,8 @@ def recover(identity: Identity, around: Surroundings) -> Script[Recovered]:
 
 
 def _settle() -> Script[None]:
-    """Make durable what a crashed daemon left in the page cache. Whatever is read below is relied upon (a page
-    is not written again, a region may close), so a later power loss must not take it back."""
+    """Make durable what a crashed daemon left in the page cache. Whatever is read below is relied upon (a
+    page is not written again, a region may close), so a later power loss must not take it back."""
     for name in (rct.FILE, mrt.FILE):
         if (yield Size(name)) is not None:
             yield Sync(name)

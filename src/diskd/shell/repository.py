@@ -30,6 +30,7 @@ from diskd.core.catalog import (
     by_commit,
     chain_of,
     check_incoming,
+    commit_time,
     decode_manifest,
 )
 from diskd.core.inventory import NAME_PATTERN
@@ -185,6 +186,10 @@ class Repository:
             return self.verify(vm, point, poll)
         return Verified(vm, point, total, problems)
 
+    def commit_time(self, vm: str) -> str:
+        """For the manifest of a point that is committed now."""
+        return commit_time(dt.datetime.now(dt.UTC).isoformat(), self.load(vm).points)
+
     def points_of(self, vm: str | None, point: str | None) -> list[tuple[str, str]]:
         """(VM, point) of all that match, damaged ones included. Raises Refused where nothing does."""
         found = []
@@ -257,11 +262,6 @@ def full_of(opened: OpenPoint) -> tuple[ExportHeader, Iterator[tuple[int, int, b
                 yield number, offset, data
 
     return header, frames()
-
-
-def utc_now() -> str:
-    """The time of a commit, for the manifest."""
-    return dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
 
 
 @contextmanager

@@ -50,7 +50,7 @@ from diskd.core.stream import (
 )
 from diskd.errors import Refused
 from diskd.shell.incoming import Incoming
-from diskd.shell.repository import Repository, full_of, open_repository, utc_now
+from diskd.shell.repository import Repository, full_of, open_repository
 
 T = TypeVar("T")
 
@@ -258,7 +258,7 @@ class Target:
             lambda: incoming.commit(
                 trailer,
                 source_digest=trailer.digest.hex(),
-                committed_at=utc_now(),
+                committed_at=self._repository.commit_time(header.vm),
                 poll=poll_cancelled,
             )
         )

@@ -1,8 +1,8 @@
 """`make broken`: break a rule of DESIGN.md section 4 on purpose, and see a test fail.
 
-Each break edits one place in a copy of the tree and runs the tests that guard the rule. The edit must find its
-text exactly once, or the break is stale and that is a failure too; the tests must fail (pytest's exit code 1),
-not stumble over an import. A break that no test notices is reported, and the exit code is 1.
+Each break edits one place in a copy of the tree and runs the tests that guard the rule. The edit must find
+its text exactly once, or the break is stale and that is a failure too; the tests must fail (pytest's exit
+code 1), not stumble over an import. A break that no test notices is reported, and the exit code is 1.
 """
 
 import os
@@ -46,7 +46,8 @@ def apply(break_: Break, tree: Path) -> str | None:
 
 def run_tests(break_: Break, tree: Path) -> tuple[bool, str]:
     """(caught, by what)."""
-    environment = {**os.environ, "PYTHONPATH": f"{tree / 'src'}:{tree / 'tools'}", "PYTHONDONTWRITEBYTECODE": "1"}
+    path = f"{tree / 'src'}:{tree / 'tools'}"
+    environment = {**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
     argv = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *break_.tests]
     done = subprocess.run(
         argv, cwd=tree, env=environment, capture_output=True, text=True, check=False, timeout=TEST_SECONDS_MAX
