@@ -1,5 +1,7 @@
 """Contact: by direct and relayed evidence, with the rule about those who do not hear us."""
 
+import itertools
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -62,6 +64,50 @@ def test_one_cut_link_or_one_direction_isolates_nobody() -> None:
         mesh.cuts |= cuts
         mesh.beat(50)
         assert everybody(mesh) == ALL
+
+
+TICK = 10 * MILLISECOND
+
+
+def fine(mesh: Mesh, ticks: int) -> dict[tuple[str, str], list[int]]:
+    """Every node beats at a phase of its own and judges every ten milliseconds; when contact was lost."""
+    lost: dict[tuple[str, str], list[int]] = {}
+    for _ in range(ticks):
+        mesh.now += TICK
+        for phase, (sender, node) in enumerate(mesh.nodes.items()):
+            if (mesh.now - phase * 3 * TICK) % BEAT == 0:
+                heartbeat = node.beat(mesh.now, hears_leader=False)
+                for name, other in mesh.nodes.items():
+                    if name != sender and (sender, name) not in mesh.cuts:
+                        other.heard(heartbeat, "x", mesh.now)
+        for name, node in mesh.nodes.items():
+            for peer in node.evaluate(mesh.now, losses=True):
+                if not peer.in_contact:
+                    lost.setdefault((name, peer.name), []).append(mesh.now)
+    return lost
+
+
+def test_a_cut_link_isolates_nobody_at_any_moment() -> None:
+    """The acknowledgement that the last direct heartbeat carried is not older than that heartbeat."""
+    for links in itertools.product((False, True), repeat=2):
+        mesh = Mesh(*NAMES)
+        fine(mesh, 50)
+        assert everybody(mesh) == ALL
+        mesh.cuts |= {link for link, cut in zip((("a", "b"), ("b", "a")), links, strict=True) if cut}
+        assert fine(mesh, 500) == {}, mesh.cuts
+
+
+def test_both_ends_lose_contact_in_time_where_nobody_relays() -> None:
+    for cuts in ({("a", "b")}, {("b", "a")}, {("a", "b"), ("b", "a")}):
+        for begin in range(30):
+            mesh = Mesh("a", "b")
+            fine(mesh, 60 + begin)
+            mesh.cuts |= cuts
+            cut_at = mesh.now
+            lost = fine(mesh, 150)
+            assert set(lost) == {("a", "b"), ("b", "a")}
+            assert all(len(times) == 1 for times in lost.values())
+            assert max(max(times) for times in lost.values()) <= cut_at + ISOLATION + 3 * BEAT // 2
 
 
 def test_one_direction_between_two_nodes_isolates_both_alike() -> None:

@@ -107,14 +107,15 @@ def test_expectations_are_judged_on_a_status_document() -> None:
 
 def test_the_status_to_believe_is_of_a_node_that_is_not_isolated() -> None:
     def document(name: str, state: str, store: str) -> dict[str, object]:
-        return {"answered_by": name, "store": store, "nodes": {name: {"state": state}}}
+        return {"answered_by": name, "store": store, "nodes": {name: {"state": state}}, "leader": "n4"}
 
     documents = {
         "n1": document("n1", "isolated", "unknown"),
         "n2": document("n2", "up", "unknown"),
         "n3": document("n3", "up", "ok"),
+        "n4": document("n4", "up", "ok"),
     }
-    for expected in ("n3", "n2", "n1"):
+    for expected in ("n4", "n3", "n2", "n1"):
         chosen = choose_status(documents)
         assert chosen is not None
         assert chosen["answered_by"] == expected

@@ -7,7 +7,8 @@ lived. Evidence is *fresh* while it is younger, on the receiver's clock, than th
 Contact with B holds while the evidence of B is fresh, *unless* B's own heartbeats arrive and show that
 B's evidence of us, by any route, is stale. So one cut link, or one direction of it, isolates nobody as
 long as somebody relays; and where nobody does, both ends come to the same verdict, even if only one
-direction is cut.
+direction is cut. The age of that evidence is judged as of the moment that B's heartbeat came, since it
+says what B knew then: so B, gone silent, is not found deaf before it is found gone.
 
 What B knows of us it says in its rows: our own (incarnation, sequence). We remember when we sent which
 sequence; the age of the newest acknowledged one is the age of B's evidence.
@@ -147,11 +148,12 @@ class Contacts:
         return at is not None and now < at + self.lasts_ns(peer)
 
     def judge(self, peer: Peer, now: int) -> bool:
-        """The rule of contact (DESIGN "Contact")."""
+        """The rule of contact (DESIGN "Contact"). What the peer knew of us is judged as of its newest own
+        heartbeat: later than that it has said nothing, and is believed to hear us by way of others."""
         if not self.is_fresh(peer, peer.advanced_at, now):
             return False
-        if self.is_fresh(peer, peer.direct_at, now):
-            return self.is_fresh(peer, peer.acknowledged_at, now)
+        if peer.direct_at is not None and self.is_fresh(peer, peer.direct_at, now):
+            return self.is_fresh(peer, peer.acknowledged_at, peer.direct_at)
         return True
 
     def evaluate(self, now: int, *, losses: bool) -> list[Peer]:
@@ -178,15 +180,17 @@ class Contacts:
         return None if peer.in_contact and not self.judge(peer, now) else False
 
     def next_expiry(self, now: int) -> int | None:
-        """When the first contact may end. Evidence that comes meanwhile makes it later, never earlier."""
-        expiries = []
+        """When the first contact may end. Evidence that comes meanwhile makes it later, never earlier; that
+        a peer does not hear us comes with its own heartbeat, and ends contact at once."""
+        first: int | None = None
         for peer in self.peers.values():
             if peer.in_contact:
-                ends = [peer.advanced_at]
-                if self.is_fresh(peer, peer.direct_at, now):
-                    ends.append(peer.acknowledged_at)
-                expiries.append(min(at for at in ends if at is not None) + self.lasts_ns(peer))
-        return min(expiries, default=None)
+                end = now
+                if peer.advanced_at is not None and self.judge(peer, now):
+                    end = peer.advanced_at + self.lasts_ns(peer)
+                if first is None or end < first:
+                    first = end
+        return first
 
     def shift(self, duration_ns: int, now: int) -> None:
         """Our own loop stood still: evidence could not arrive, so it is younger than it looks. What has been

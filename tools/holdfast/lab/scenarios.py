@@ -83,21 +83,6 @@ async def perform(lab: Lab, do: Do) -> None:
         await verbs[do.verb](first)
 
 
-def believe(answers: list[Status]) -> Status | None:
-    """The leader's own view, since windows and failovers are its decisions; without one, any sound view.
-
-    A node that has just come back may for a moment see the others as it did while it was away.
-    """
-    leaders = {
-        answer["answered_by"]: answer
-        for answer in answers
-        if answer["leader"] == answer["answered_by"]
-        and answer["store"] == "ok"
-        and answer["nodes"][answer["answered_by"]]["state"] != "isolated"
-    }
-    return choose_status(leaders or {answer["answered_by"]: answer for answer in answers})
-
-
 @attrs.define
 class Runner:
     """The lab of one scenario, and what was seen of it so far."""
@@ -113,7 +98,7 @@ class Runner:
 
     async def observe(self) -> Status | None:
         """The status to believe, noting each VM's run when it is first seen online."""
-        status = believe(await self.lab.answers())
+        status = choose_status({answer["answered_by"]: answer for answer in await self.lab.answers()})
         for name, vm in status["vms"].items() if status is not None else ():
             if vm["state"] == "online" and None not in (vm["epoch"], vm["pid"]):
                 self.first_runs.setdefault(name, (vm["epoch"], vm["pid"]))
