@@ -12,7 +12,7 @@ SEED ?= 1
 HUNT_SECONDS := $(or $(SECONDS),60)
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: all setup demo test check bench sim hunt format clean packages
+.PHONY: all setup demo test check bench sim hunt broken format clean packages
 
 all: check test
 
@@ -51,6 +51,9 @@ sim: setup
 
 hunt: setup
 	@HUNT_SECONDS=$(HUNT_SECONDS) $(BIN)/python -m holdfast.bench.hunt
+
+broken: setup
+	@$(BIN)/python -m holdfast.bench.broken_rules
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -16,4 +16,170 @@ class Break:
     tests: tuple[str, ...]
 
 
-BREAKS: tuple[Break, ...] = ()
+_CLUSTER_TESTS = ("tests/core/test_cluster_rules.py", "tests/golden", "tests/property/test_cluster_chaos.py")
+_TRACKING_TESTS = ("tests/core/test_diskd_tracking_crash.py", "tests/shell/test_diskd_image.py")
+_OVERLAY_TESTS = ("tests/core/test_diskd_overlay_crash.py", "tests/core/test_diskd_avhd.py")
+
+BREAKS: tuple[Break, ...] = (
+    Break(
+        "fence-call-removed",
+        "S2",
+        "a VM with disks starts without any lease from diskd",
+        "src/clusterd/core/owner.py",
+        "run.step(Step.CLAIMED if run.config.disks else Step.CLAIMED_DISKLESS)\n"
+        "            if run.config.disks:",
+        "run.step(Step.CLAIMED_DISKLESS)\n            if False:",
+        _CLUSTER_TESTS,
+    ),
+    Break(
+        "minority-decides",
+        "S3",
+        "a node leads although it is in contact with a minority only",
+        "src/clusterd/core/leadership.py",
+        'return side == "majority"',
+        "return True",
+        _CLUSTER_TESTS,
+    ),
+    Break(
+        "placed-anywhere",
+        "S4",
+        "VMs are placed on nodes that are not up or not present",
+        "src/clusterd/core/placement.py",
+        "    if room.why_not:\n        return room.why_not\n",
+        "",
+        _CLUSTER_TESTS,
+    ),
+    Break(
+        "cap-ignored",
+        "S5",
+        "any number of nodes may be quarantined at once",
+        "src/clusterd/core/quarantine.py",
+        "return max(1, int(properties.quarantine_cap * members))",
+        "return members",
+        _CLUSTER_TESTS,
+    ),
+    Break(
+        "foreign-store-trusted",
+        "S6",
+        "a store of another cluster is believed",
+        "src/clusterd/core/store_session.py",
+        "if known is not None and found != known:",
+        "if False:",
+        _CLUSTER_TESTS,
+    ),
+    Break(
+        "intent-forgotten",
+        "S7",
+        "the intent of a run is not durable before its process exists",
+        "src/clusterd/core/owner.py",
+        "intents={**state.intents, run.vm: intent}, epoch_seen=",
+        "intents=state.intents, epoch_seen=",
+        _CLUSTER_TESTS,
+    ),
+    Break(
+        "stale-epoch-admitted",
+        "S1",
+        "diskd lets a fenced epoch connect again",
+        "src/diskd/core/lease.py",
+        'raise Refused(f"epoch {epoch} is not the lease of this image:',
+        'return Claim(epoch)  # (f"',
+        ("tests/core/test_diskd_lease.py", "tests/property/test_diskd_lease_avhd.py"),
+    ),
+    Break(
+        "lease-not-durable",
+        "S1",
+        "a lease is acknowledged before it is durable",
+        "src/diskd/core/lease.py",
+        "        yield from persist(new)\n",
+        "        yield from ()\n",
+        ("tests/core/test_diskd_lease.py",),
+    ),
+    Break(
+        "mark-after-write",
+        "T1",
+        "data reaches the image before its region is durably open",
+        "src/diskd/shell/writer.py",
+        """            await self._admitted(offset, len(data))
+            with _Submitted(self, changes=True):
+                await self.image.layer.write(offset, data)
+""",
+        """            with _Submitted(self, changes=True):
+                await self.image.layer.write(offset, data)
+            await self._admitted(offset, len(data))
+""",
+        _TRACKING_TESTS,
+    ),
+    Break(
+        "region-closed-too-early",
+        "T2",
+        "a region closes although it was marked since its page was copied",
+        "src/diskd/core/tracker.py",
+        "if self._open[region] and not self._changed[region]:",
+        "if self._open[region]:",
+        _TRACKING_TESTS,
+    ),
+    Break(
+        "merge-clears-before-sync",
+        "B6",
+        "the map's entries are cleared before the parent's copy is durable",
+        "src/diskd/core/merge.py",
+        "                offset += length\n        yield Sync(PARENT_FILE)\n",
+        "                offset += length\n",
+        _OVERLAY_TESTS,
+    ),
+    Break(
+        "written-block-stays-in-batch",
+        "B6",
+        "a block that the guest rewrote during the copy is cleared all the same",
+        "src/diskd/core/merge.py",
+        "        self.batch.discard(block)\n",
+        "",
+        _OVERLAY_TESTS,
+    ),
+    Break(
+        "map-before-data",
+        "B6",
+        "FLUSH makes the map durable before the AVHD's data",
+        "src/diskd/core/avhd.py",
+        "    yield Sync(DATA_FILE)\n    if sectors:\n",
+        "    if sectors:\n",
+        _OVERLAY_TESTS,
+    ),
+    Break(
+        "not-invalidated",
+        "B2",
+        "a write that the AVHD cannot take goes to the parent, and the checkpoint is still believed",
+        "src/diskd/shell/checkpoints.py",
+        "                    await held.files.run(checkpoint.invalidate(held.record))\n"
+        "                    held.invalid = True\n",
+        "",
+        ("tests/shell/test_diskd_library.py", "tests/shell/test_diskd_overlay.py"),
+    ),
+    Break(
+        "acknowledgement-lost-means-failed",
+        "B3",
+        "a backup whose acknowledgement was lost is discarded at the source",
+        "src/diskd/shell/backup.py",
+        '            outcome = "pending"\n',
+        '            outcome = "discard"\n',
+        ("tests/shell/test_diskd_backup.py", "tests/interop/test_diskd_backup_chain.py"),
+    ),
+    Break(
+        "digest-unchecked",
+        "B4",
+        "the target believes a frame whose bytes do not match its digest",
+        "src/diskd/core/stream.py",
+        "if self.header.kind is FrameKind.DATA and blake3(self.data).digest() != self.header.digest:",
+        "if False:",
+        ("tests/property/test_diskd_stream.py", "tests/shell/test_diskd_backup.py"),
+    ),
+    Break(
+        "committed-without-sync",
+        "B5",
+        "a point gets its name before its index is durable",
+        "src/diskd/shell/incoming.py",
+        "        self._files.sync(self._index)\n",
+        "",
+        ("tests/shell/test_diskd_repository.py",),
+    ),
+)

@@ -13,20 +13,20 @@ from rich.console import Console
 from rich.table import Table
 
 from daemonkit.units import format_size
-from holdfast.demo import story as chapters
+from holdfast.demo import cables, points
 from holdfast.demo.stage import DemoFailed, Row, Stage
 from holdfast.demo.story import Story
 
 CHAPTERS: list[Callable[[Story], None]] = [
-    chapters.begin,
-    chapters.full_backup,
-    chapters.short_cut,
-    chapters.long_cut,
-    chapters.flapping,
-    chapters.differential,
-    chapters.killed_daemon,
-    chapters.restores,
-    chapters.end,
+    cables.begin,
+    points.full_backup,
+    cables.short_cut,
+    cables.long_cut,
+    cables.flapping,
+    points.differential,
+    points.killed_daemon,
+    points.restores,
+    cables.end,
 ]
 
 
@@ -60,13 +60,14 @@ def table_of(rows: list[Row]) -> Table:
 
 NOTE = (
     "VM downtime: the longest time between two acknowledged writes of the guest during the event.\n"
-    "Without a window the short cut would have cost a failover: that column is the one measured in the\n"
-    "long cut, where the guest is a process that starts at once. Add the time that your VM takes to boot."
+    "Without a window the short cut would have been a failover: that column is the downtime measured in\n"
+    f"the long cut. The guest takes {cables.BOOT_SECONDS:g} s to boot; put your VM's time in its place."
 )
 
 
 def main() -> int:
-    console = Console(width=max(100, Console().width))
+    # Wide enough for the table, also where the output is no terminal.
+    console = Console(width=max(116, Console().width))
     directory = Path(tempfile.mkdtemp(prefix="holdfast-demo-"))
     stage = Stage(directory, console)
     story = Story(stage)

@@ -12,6 +12,7 @@ from holdfast.guest.nbd import Fenced, parse_uri
 from holdfast.guest.run import EXIT_FENCED, Settings, run_guest, say
 
 RATE_MAX: Final = 10_000.0
+BOOT_SECONDS_MAX: Final = 600.0
 _NODE: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -42,6 +43,13 @@ def _parse() -> Settings:
         metavar="BLOCKS",
         help="extra random blocks of 4 KiB per second, which the checker verifies too (default 0)",
     )
+    parser.add_argument(
+        "--boot",
+        type=float,
+        default=0.0,
+        metavar="SECONDS",
+        help="wait so long before touching the disk, as a machine that boots does (default 0)",
+    )
     given = parser.parse_args()
     try:
         parse_uri(given.disk)
@@ -51,9 +59,11 @@ def _parse() -> Settings:
         parser.error("--epoch is not negative")
     if not 0 < given.rate <= RATE_MAX or not 0 <= given.size_load <= RATE_MAX:
         parser.error(f"--rate and --size-load are at most {RATE_MAX:g} per second, and --rate above 0")
+    if not 0 <= given.boot <= BOOT_SECONDS_MAX:
+        parser.error(f"--boot is at most {BOOT_SECONDS_MAX:g} seconds")
     if not _NODE.fullmatch(given.node) or len(given.node) > NODE_BYTES_MAX:
         parser.error(f"--node is a name of at most {NODE_BYTES_MAX} characters")
-    return Settings(given.disk, given.acks, given.epoch, given.node, given.rate, given.size_load)
+    return Settings(given.disk, given.acks, given.epoch, given.node, given.rate, given.size_load, given.boot)
 
 
 def main() -> int:

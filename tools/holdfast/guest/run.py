@@ -54,6 +54,7 @@ class Settings(NamedTuple):
     node: str
     rate: float
     size_load: float
+    boot_seconds: float = 0.0
 
 
 def say(text: str) -> None:
@@ -202,6 +203,7 @@ class Guest:
 
 def run_guest(settings: Settings, *, records_max: int | None = None) -> None:
     """Live. Returns after ``records_max`` records; raises Fenced, JournalError, OSError (the acks file)."""
+    time.sleep(settings.boot_seconds)
     acks = AcksFile(settings.acks)
     guest = Guest(settings, acks)
     interval = 1.0 / settings.rate
