@@ -80,7 +80,8 @@ class MemoryFrozenDisk:
 
 
 class MemoryFrozenVm:
-    def __init__(self, library, vm, config, disks, point):
+    def __init__(self, library, vm, config, disks, point, target=None):
+        self.target = target
         self.checkpoint, self.vm, self.config, self.point = "cp-" + point[3:], vm, config, point
         self.consistency = "crash"
         self._library = library
@@ -90,12 +91,11 @@ class MemoryFrozenVm:
         self._since = {name: set() for name in disks}
         self._images = disks
 
-    @property
-    def pending(self):
-        return list(self._library.pending)
+    def pending_at(self, target):
+        return [point for point, at in self._library.pending.items() if at in (None, target)]
 
     async def settle(self, point, *, committed):
-        self._library.pending.remove(point)
+        del self._library.pending[point]
         if committed:
             self._library.points.append(point)
         else:
@@ -108,7 +108,7 @@ class MemoryFrozenVm:
         if outcome == "keep":
             self._library.points.append(self.point)
         elif outcome == "pending":
-            self._library.pending.append(self.point)
+            self._library.pending[self.point] = self.target
         else:
             self._library.forget(self.point)
 
@@ -118,7 +118,8 @@ class MemoryLibrary:
 
     def __init__(self, **sizes):
         self.images = {name: MemoryDisk(name, size) for name, size in sizes.items()}
-        self.points, self.pending, self.settled, self.ended = [], [], [], []
+        self.points, self.settled, self.ended = [], [], []
+        self.pending = {}  # point -> the repository it was sent to
         self.frozen = []
         self.busy = False
         self.before_send = None
@@ -128,7 +129,7 @@ class MemoryLibrary:
         for disk in self.images.values():
             disk.changed.pop(point, None)
 
-    async def begin_checkpoint(self, vm, disks, config):
+    async def begin_checkpoint(self, vm, disks, config, *, target=None):
         if self.busy:
             raise Refused(f"a checkpoint of {vm} is held by a live backup")
         for disk in disks:
@@ -136,7 +137,7 @@ class MemoryLibrary:
                 raise Refused(f"there is no image {disk.image}")
         self.busy = True
         point = f"rp-{next(self._ids):016x}"
-        frozen = MemoryFrozenVm(self, vm, config, {disk.name: disk.image for disk in disks}, point)
+        frozen = MemoryFrozenVm(self, vm, config, {disk.name: disk.image for disk in disks}, point, target)
         for disk in self.images.values():
             disk.changed[point] = set()
         self.frozen.append(frozen)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from diskd.core.copy_plan import (
     QUERY_BYTES_MAX,
+    SourceDisk,
     TargetPoint,
     choose_base,
     data_bytes,
@@ -113,8 +114,8 @@ POINTS = st.lists(st.sampled_from([f"rp-{n:016x}" for n in range(6)]), unique=Tr
 
 @given(POINTS, POINTS, POINTS)
 def test_the_base_is_the_newest_point_that_both_sides_hold(at_target, system, journal):
-    held = [TargetPoint(point, {"system": 1, "journal": 1}) for point in at_target]
-    source = {"system": system, "journal": journal}
+    held = [TargetPoint(point, {"system": "a", "journal": "b"}) for point in at_target]
+    source = {"system": SourceDisk("a", system), "journal": SourceDisk("b", journal)}
     common = [p for p in system if p in journal and p in at_target]
     if not at_target:
         assert choose_base("auto", None, at_target=held, at_source=source) is None
@@ -134,11 +135,14 @@ def test_the_base_is_the_newest_point_that_both_sides_hold(at_target, system, jo
 
 def test_a_disk_that_the_base_does_not_have_needs_a_full():
     point = "rp-" + "0" * 16
-    held = [TargetPoint(point, {"system": 1})]
+    held = [TargetPoint(point, {"system": "a"})]
+    old, new = SourceDisk("a", [point]), SourceDisk("b", [point])
     with pytest.raises(NoSuchPoint, match="no disk new"):
-        choose_base("since", point, at_target=held, at_source={"system": [point], "new": [point]})
+        choose_base("since", point, at_target=held, at_source={"system": old, "new": new})
     with pytest.raises(NoSuchPoint, match="--full"):
-        choose_base("auto", None, at_target=held, at_source={"system": [point], "new": []})
+        choose_base("auto", None, at_target=held, at_source={"system": old, "new": SourceDisk("b", [])})
+    with pytest.raises(NoSuchPoint, match="was the image a, now it is b; take a full backup"):
+        choose_base("since", point, at_target=held, at_source={"system": new})
     with pytest.raises(Refused):
         choose_base("since", None, at_target=held, at_source={})
 

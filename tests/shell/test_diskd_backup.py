@@ -13,7 +13,7 @@ from daemonkit.rpc import CallFailed, connect
 from diskd.core import target_calls as calls
 from diskd.errors import NoSuchPoint, Refused
 from diskd.shell.backup import run_backup
-from diskd.shell.export import TargetLost
+from diskd.shell.export import ExportSession, TargetLost, prepare_blocking
 from diskd.shell.repository import open_repository
 
 MiB = 1 << 20
@@ -33,8 +33,8 @@ async def silent(_progress):
     await trio.lowlevel.checkpoint()
 
 
-def request(address, *, mode="auto", since=None, images=("system", "journal"), vm="web"):
-    disks = [BackupDisk(name, name) for name in images]
+def request(address, *, mode="auto", since=None, images=("system", "journal"), names=None, vm="web"):
+    disks = [BackupDisk(name, image) for name, image in zip(names or images, images, strict=True)]
     return BackupRequest(vm, disks, CONFIG, str(address), mode, since)
 
 
@@ -199,4 +199,46 @@ async def test_a_lost_acknowledgement_is_pending_and_settled(tmp_path, library, 
     done = await backup(library, proxy)
     assert library.settled == [(lost, True)]
     assert done.base == lost
-    assert library.pending == []
+    assert library.pending == {}
+
+
+async def test_a_lost_acknowledgement_waits_for_its_own_target(tmp_path, library, nursery):
+    """B3: another target knows nothing of the point, so its "no" must not settle it."""
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    first, _ = await start_target(nursery, tmp_path / "a")
+    other, _ = await start_target(nursery, tmp_path / "b")
+    proxy, swallow = await start_deaf_proxy(nursery, first)
+    swallow.append(True)
+    with RaisesLeaf(TargetLost):
+        await backup(library, proxy)
+    lost = library.ended[-1][0]
+    library.images["system"].write(0, b"one" * 100)
+    elsewhere = await backup(library, other)
+    assert (elsewhere.kind, library.settled) == ("full", [])
+    library.images["system"].write(8192, b"two" * 100)
+    done = await backup(library, first)
+    assert (done.base, library.settled) == (lost, [(lost, True)])
+    assert done.disks[0].changed_bytes == 2 * 4096
+    again = await backup(library, other)
+    assert (again.base, again.disks[0].changed_bytes) == (elsewhere.point, 4096)
+
+
+async def test_disks_that_exchanged_their_names_are_no_base_for_each_other(tmp_path, nursery):
+    """Both images have the point, both names are at the target: and yet the chain would be wrong."""
+    library = MemoryLibrary(one=1 * MiB, two=1 * MiB)
+    library.images["one"].write(0, b"1" * 8192)
+    library.images["two"].write(0, b"2" * 8192)
+    address, _ = await start_target(nursery, tmp_path)
+    first = await backup(library, address, images=("one", "two"), names=("root", "data"))
+    with RaisesLeaf(NoSuchPoint, "take a full backup: use --full"):
+        await backup(library, address, images=("two", "one"), names=("root", "data"))
+    # A source that does not look is refused by the target.
+    frozen = await library.begin_checkpoint("web", [BackupDisk("root", "two"), BackupDisk("data", "one")], "")
+    with RaisesLeaf(Refused, "disk root was the image one in"):
+        async with connect(address) as client:
+            stream = await client.open_stream(calls.EXPORT, calls.Nothing())
+            await ExportSession(prepare_blocking(frozen, first.point)).run(stream)
+    await frozen.end("discard")
+    full = await backup(library, address, images=("two", "one"), names=("root", "data"), mode="full")
+    assert full.kind == "full"

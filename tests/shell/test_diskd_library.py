@@ -321,13 +321,13 @@ async def test_a_pending_point_waits_to_be_settled(tmp_path):
         assert [point.valid for point in library.points("a")] == [False, False]
     async with serving(tmp_path) as library:
         frozen = await library.begin_checkpoint("web", disks("a"), "")
-        assert frozen.pending == points and frozen.disks["disk-a"].points == []
+        assert frozen.pending_at("any") == points and frozen.disks["disk-a"].points == []
         await frozen.settle(points[0], committed=True)
         await frozen.settle(points[1], committed=False)
         with pytest.raises(Refused, match="not pending"):
             await frozen.settle(points[1], committed=True)
         disk = frozen.disks["disk-a"]
-        assert frozen.pending == [] and disk.points == [points[0]]
+        assert frozen.pending_at("any") == [] and disk.points == [points[0]]
         assert disk.changes_since(points[0]).extents == [(BLOCK, 2 * BLOCK)]
         await frozen.end("discard")
         await until(lambda: library.checkpoints() == [])
@@ -442,12 +442,18 @@ async def test_one_held_by_hand_expires_after_a_restart(tmp_path):
 async def test_a_backups_checkpoint_becomes_pending_at_a_restart(tmp_path):
     async with serving(tmp_path) as library:
         await library.create_image("a", SIZE)
-        frozen = await library.begin_checkpoint("web", disks("a"), "")
+        frozen = await library.begin_checkpoint("web", disks("a"), "", target="one")
     async with serving(tmp_path) as library:
         await until(lambda: [info.state for info in library.checkpoints()] == ["pending"])
-        again = await library.begin_checkpoint("web", disks("a"), "")
-        assert again.pending == [frozen.point]
+        again = await library.begin_checkpoint("web", disks("a"), "", target="two")
+        # Only the target that it was sent to can settle it.
+        assert (again.pending_at("one"), again.pending_at("two")) == ([frozen.point], [])
         await again.end("discard")
+        await until(lambda: len(library.checkpoints()) == 1)
+        # Or the operator, where that target is gone for good.
+        await library.end_checkpoint(frozen.checkpoint, "discard")
+        await until(lambda: library.checkpoints() == [])
+        assert library.points("a") == []
 
 
 async def test_writers_of_one_block_lose_nothing_to_each_others_copy_up(tmp_path):

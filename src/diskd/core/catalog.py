@@ -192,7 +192,7 @@ def is_restorable(points: Points, point: str) -> bool:
 def offered(points: Points) -> list[TargetPoint]:
     """What a source may choose as base, oldest commit first."""
     return [
-        TargetPoint(manifest.point, {disk.name: disk.virtual_size for disk in manifest.disks})
+        TargetPoint(manifest.point, {disk.name: disk.image for disk in manifest.disks})
         for manifest in by_commit(points.values())
         if is_restorable(points, manifest.point)
     ]
@@ -242,9 +242,15 @@ def check_incoming(header: ExportHeader, points: Points) -> list[Manifest]:
             f"the chain below {header.base} has {len(chain)} points; synthesize a full of it first"
             f" (diskctl target synthesize {header.vm} {header.base})"
         )
+    images = {known.name: known.image for known in chain[0].disks}
     for disk in header.disks:
-        if disk.name not in {known.name for known in chain[0].disks}:
+        if disk.name not in images:
             raise Refused(f"{header.base} has no disk {disk.name}; take a full backup: use --full")
+        if images[disk.name] != disk.image:
+            raise Refused(
+                f"disk {disk.name} was the image {images[disk.name]} in {header.base}, now it is"
+                f" {disk.image}; take a full backup: use --full"
+            )
     return chain
 
 

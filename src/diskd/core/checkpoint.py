@@ -39,6 +39,7 @@ from diskd.core.inventory import (
     DISKS_MAX,
     NAME_PATTERN,
     POINT_PATTERN,
+    REPOSITORY_ID_LENGTH_MAX,
     HeldBy,
     Outcome,
 )
@@ -92,6 +93,7 @@ class Record:
     disks: list[RecordDisk]
     state: State = "preparing"
     outcome: Outcome | None = None
+    target: str | None = None  # the repository that a backup goes to: only that one can settle the point
 
     @property
     def is_standing(self) -> bool:
@@ -102,6 +104,10 @@ class Record:
     def is_pending(self) -> bool:
         """Its point waits for the target's word (B3)."""
         return self.outcome == "pending" and self.state in ("merging", "pending")
+
+    def waits_for(self, vm: str, target: str) -> bool:
+        """Its point waits for this target's word, or for whoever's where that was not recorded."""
+        return self.is_pending and self.vm == vm and self.target in (None, target)
 
 
 def advance(record: Record, event: Event, outcome: Outcome | None = None) -> Record:
@@ -171,6 +177,7 @@ def _is_well_formed(record: Record) -> bool:
         and 0 < len(record.disks) <= DISKS_MAX
         and record.state != "gone"
         and (record.outcome is None) == record.is_standing
+        and len(record.target or "") <= REPOSITORY_ID_LENGTH_MAX
     )
 
 

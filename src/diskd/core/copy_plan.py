@@ -45,10 +45,18 @@ class Run:
 
 @attrs.frozen
 class TargetPoint:
-    """A point that the target holds and could restore; ``disks`` are names with virtual sizes."""
+    """A point that the target holds and could restore; ``disks``: of which image each disk was."""
 
     point: str
-    disks: Mapping[str, int]
+    disks: Mapping[str, str]
+
+
+@attrs.frozen
+class SourceDisk:
+    """A disk as it is now: its image here, and that image's valid points, oldest first."""
+
+    image: str
+    points: Sequence[str]
 
 
 def choose_base(
@@ -56,9 +64,9 @@ def choose_base(
     since: str | None,
     *,
     at_target: Sequence[TargetPoint],
-    at_source: Mapping[str, Sequence[str]],
+    at_source: Mapping[str, SourceDisk],
 ) -> str | None:
-    """The base point, or None for a full. ``at_source``: the valid points of each disk, oldest first.
+    """The base point, or None for a full.
 
     Raises NoSuchPoint with the reason and the remedy: never a silent full (T4).
     """
@@ -74,8 +82,8 @@ def choose_base(
         return since
     if not at_target:
         return None
-    first = next(iter(at_source.values()), ())
-    for point in reversed(first):
+    first = next(iter(at_source.values()), None)
+    for point in reversed(first.points if first else ()):
         if not _why_not(point, held, at_source):
             return point
     raise NoSuchPoint(
@@ -83,16 +91,18 @@ def choose_base(
     )
 
 
-def _why_not(
-    point: str, held: Mapping[str, TargetPoint], at_source: Mapping[str, Sequence[str]]
-) -> str | None:
+def _why_not(point: str, held: Mapping[str, TargetPoint], at_source: Mapping[str, SourceDisk]) -> str | None:
     if point not in held:
         return "the target has no such point of this VM"
-    for disk, points in at_source.items():
-        if point not in points:
-            return f"it is not a valid point of disk {disk}"
-        if disk not in held[point].disks:
-            return f"the target's backup of it has no disk {disk}"
+    for name, disk in at_source.items():
+        if point not in disk.points:
+            return f"it is not a valid point of disk {name}"
+        before = held[point].disks.get(name)
+        if before is None:
+            return f"the target's backup of it has no disk {name}"
+        # Two disks of a VM may have exchanged their names: the changes of one are no changes of the other.
+        if before != disk.image:
+            return f"in the target's backup of it disk {name} was the image {before}, now it is {disk.image}"
     return None
 
 

@@ -16,6 +16,8 @@ POINT_PATTERN: Final = re.compile(r"rp-[0-9a-f]{16}", re.ASCII)
 CONFIG_BYTES_MAX: Final = 256 * KiB
 # QEMU attaches fewer; a bound keeps one checkpoint's hold short.
 DISKS_MAX: Final = 64
+# A target names its repository so; ours are 32 hex digits.
+REPOSITORY_ID_LENGTH_MAX: Final = 64
 
 Outcome = Literal["keep", "discard", "pending"]
 HeldBy = Literal["backup", "hand"]

@@ -140,9 +140,9 @@ class FrozenVm(Protocol):
         """By disk name."""
         ...
 
-    @property
-    def pending(self) -> list[str]:
-        """Points of this VM whose acknowledgement was lost (B3), to be settled with the target first."""
+    def pending_at(self, target: str) -> list[str]:
+        """Points of this VM whose acknowledgement by this target (or by an unknown one) was lost: to be
+        settled with it first (B3)."""
         ...
 
     async def settle(self, point: str, *, committed: bool) -> None: ...

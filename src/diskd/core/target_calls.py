@@ -74,16 +74,18 @@ class ListReport:
 
 @attrs.frozen
 class OfferedPoint:
-    """A point that can serve as base."""
+    """A point that can serve as base. ``disks``: of which image each disk was."""
 
     point: str
-    disks: dict[str, int]
+    disks: dict[str, str]
 
 
 @attrs.frozen
 class OfferedPoints:
-    """``known`` counts all points of the VM at the target, the damaged ones included."""
+    """``repository``: which one this is, whatever its address. ``known`` counts all points of the VM
+    there, the damaged ones included."""
 
+    repository: str
     known: int
     points: list[OfferedPoint]
 

@@ -25,11 +25,16 @@ from daemonkit.ports import Address
 from daemonkit.rpc import Call, CallFailed, Client, Registry, connect
 from diskd.core import target_calls as calls
 from diskd.core.copy_plan import TargetPoint, choose_base, data_bytes
-from diskd.core.inventory import CONFIG_BYTES_MAX, DISKS_MAX, NAME_PATTERN
+from diskd.core.inventory import (
+    CONFIG_BYTES_MAX,
+    DISKS_MAX,
+    NAME_PATTERN,
+    REPOSITORY_ID_LENGTH_MAX,
+)
 from diskd.core.ports import FrozenVm
 from diskd.core.stream import abort, is_point
 from diskd.errors import Refused
-from diskd.shell.export import ExportSession, prepare_blocking, source_points
+from diskd.shell.export import ExportSession, prepare_blocking, source_disks
 
 CONTACT_SECONDS_MAX: Final = 10.0
 # Making a point durable takes two syncs of a disk; longer than this means that the disk is gone.
@@ -45,8 +50,10 @@ Report = Callable[[Any], Awaitable[None]]
 class CheckpointSource(Protocol):
     """The part of shell.library.Library that a backup needs."""
 
-    async def begin_checkpoint(self, vm: str, disks: list[BackupDisk], config: str) -> FrozenVm:
-        """All disks at one instant; Refused says why not."""
+    async def begin_checkpoint(
+        self, vm: str, disks: list[BackupDisk], config: str, *, target: str | None = None
+    ) -> FrozenVm:
+        """All disks at one instant; Refused says why not. ``target``: the repository it is for."""
         ...
 
 
@@ -128,9 +135,11 @@ async def run_backup(
     check_request(request)
     target = Address.parse(request.target)
     began = trio.current_time()
-    await _offered(target, request.vm, key)
+    repository = (await _offered(target, request.vm, key)).repository
     await report({"step": "checkpoint", "vm": request.vm})
-    frozen = await source.begin_checkpoint(request.vm, request.disks, request.config)
+    frozen = await source.begin_checkpoint(
+        request.vm, request.disks, request.config, target=repository[:REPOSITORY_ID_LENGTH_MAX]
+    )
     log.info("backup.began", vm=request.vm, point=frozen.point, target=str(target))
     backup = _Backup(frozen, request, target, key, report)
     outcome: EndOutcome = "discard"
@@ -185,8 +194,9 @@ class _Backup:
         await self.report({"step": "frozen", "vm": self.request.vm, **frozen})
         async with connect(self.target, key=self.key) as client:
             with _answering(self.target):
-                await self._settle(client)
                 offered = await client.call(calls.POINTS_OFFERED, calls.VmName(self.request.vm))
+                if await self._settle(client, offered.repository):
+                    offered = await client.call(calls.POINTS_OFFERED, calls.VmName(self.request.vm))
             self.base = self._choose(offered)
             prepared = await trio.to_thread.run_sync(prepare_blocking, self.frozen, self.base)
             self.session = ExportSession(prepared)
@@ -197,11 +207,15 @@ class _Backup:
                 await self.session.run(stream)
                 nursery.cancel_scope.cancel(reason="committed")
 
-    async def _settle(self, client: Client) -> None:
-        for point in self.frozen.pending:
+    async def _settle(self, client: Client, repository: str) -> bool:
+        """Whether anything was. Only the target that a point was sent to knows of it (B3): what waits for
+        another one's word goes on waiting."""
+        pending = self.frozen.pending_at(repository)
+        for point in pending:
             answer = await client.call(calls.SETTLE, calls.PointName(self.request.vm, point))
             await self.frozen.settle(point, committed=answer.committed)
             log.info("backup.settled", vm=self.request.vm, point=point, committed=answer.committed)
+        return bool(pending)
 
     def _choose(self, offered: calls.OfferedPoints) -> str | None:
         mode = self.request.mode
@@ -213,7 +227,7 @@ class _Backup:
                 " tells more); take a full backup: use --full"
             )
         return choose_base(
-            mode, self.request.since, at_target=points, at_source=source_points(self.frozen.disks)
+            mode, self.request.since, at_target=points, at_source=source_disks(self.frozen.disks)
         )
 
     async def _tell(self, session: ExportSession) -> None:

@@ -94,10 +94,10 @@ class Checkpoints:
                 return disk
         raise Refused(f"checkpoint {identifier} has no image {image}")
 
-    def pending(self, vm: str) -> list[str]:
-        """Points of the VM whose acknowledgement was lost, oldest first."""
-        found = [held.record for held in self._held.values() if held.record.is_pending]
-        return [r.point for r in sorted(found, key=lambda r: r.created_ns) if r.vm == vm]
+    def pending(self, vm: str, target: str) -> list[str]:
+        """Points of the VM whose acknowledgement by this target was lost, oldest first."""
+        found = [held.record for held in self._held.values() if held.record.waits_for(vm, target)]
+        return [record.point for record in sorted(found, key=lambda record: record.created_ns)]
 
     def exports(self, image: str) -> list[str]:
         """The export names of an image's standing frozen views."""
@@ -114,7 +114,7 @@ class Checkpoints:
     # --- begin -----------------------------------------------------------------------------------------
 
     async def begin(
-        self, vm: str, disks: list[BackupDisk], config: str, held_by: HeldBy
+        self, vm: str, disks: list[BackupDisk], config: str, held_by: HeldBy, target: str | None
     ) -> StandingCheckpoint:
         """Library.begin_checkpoint."""
         images = self._check_request(vm, disks, config)
@@ -128,7 +128,7 @@ class Checkpoints:
         try:
             while any(image.overlay is not None for image in images.values()):
                 await self._changed.wait()
-            return await self._begin(identifier, vm, disks, config, held_by, images)
+            return await self._begin(identifier, vm, disks, config, held_by, target, images)
         except OSError as error:
             raise Refused(f"the checkpoint cannot begin: {error}") from error
         finally:
@@ -168,6 +168,7 @@ class Checkpoints:
         disks: list[BackupDisk],
         config: str,
         held_by: HeldBy,
+        target: str | None,
         images: dict[str, OpenImage],
     ) -> StandingCheckpoint:
         uuids = {name: str(image.image.uuid) for name, image in images.items()}
@@ -180,6 +181,7 @@ class Checkpoints:
             time.time_ns(),
             config,
             [RecordDisk(disk.name, disk.image, uuids[disk.image]) for disk in disks],
+            target=target,
         )
         held = Held(record, await self._make_directory(identifier), images)
         self._held[identifier] = held
@@ -305,6 +307,9 @@ class Checkpoints:
     async def end(self, identifier: str, outcome: Outcome) -> None:
         """FrozenVm.end. Once the outcome is durable it is carried out, whoever stops waiting."""
         held = self.find(identifier)
+        if held.record.is_pending and outcome != "pending":  # the operator's word, for a target that is gone
+            await self.settle(held.record.vm, held.record.point, committed=outcome == "keep")
+            return
         async with held.lock:
             if held.record.state == "preparing":
                 raise Refused(f"checkpoint {identifier} is still beginning")

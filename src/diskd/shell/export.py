@@ -16,7 +16,7 @@ import trio
 from daemonkit.errors import OperatorError
 from daemonkit.frames import FrameReader
 from daemonkit.units import KiB
-from diskd.core.copy_plan import Run, data_bytes, frames_of, plan_differential, plan_full, walk
+from diskd.core.copy_plan import Run, SourceDisk, data_bytes, frames_of, plan_differential, plan_full, walk
 from diskd.core.ports import FrozenDisk, FrozenVm
 from diskd.core.qcow2 import FULL_CLUSTER_BYTES, choose_cluster_bytes
 from diskd.core.stream import (
@@ -295,6 +295,6 @@ class ExportSession:
         return reply
 
 
-def source_points(disks: Mapping[str, FrozenDisk]) -> dict[str, list[str]]:
-    """The valid points of each disk, oldest first."""
-    return {name: disk.points for name, disk in disks.items()}
+def source_disks(disks: Mapping[str, FrozenDisk]) -> dict[str, SourceDisk]:
+    """What the choice of a base asks of each disk."""
+    return {name: SourceDisk(disk.image, disk.points) for name, disk in disks.items()}

@@ -33,7 +33,7 @@ class Held:
 class Owner(Protocol):
     """What a held checkpoint asks of shell.checkpoints."""
 
-    def pending(self, vm: str) -> list[str]: ...
+    def pending(self, vm: str, target: str) -> list[str]: ...
     async def settle(self, vm: str, point: str, *, committed: bool) -> None: ...
     async def end(self, identifier: str, outcome: Outcome) -> None: ...
 
@@ -69,9 +69,8 @@ class StandingCheckpoint:
     def disks(self) -> dict[str, FrozenDisk]:
         return dict(self._held.disks)
 
-    @property
-    def pending(self) -> list[str]:
-        return self._owner.pending(self.vm)
+    def pending_at(self, target: str) -> list[str]:
+        return self._owner.pending(self.vm, target)
 
     async def settle(self, point: str, *, committed: bool) -> None:
         await self._owner.settle(self.vm, point, committed=committed)

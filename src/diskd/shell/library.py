@@ -375,14 +375,20 @@ class Library:
     # --- checkpoints -------------------------------------------------------------------------------
 
     async def begin_checkpoint(
-        self, vm: str, disks: list[BackupDisk], config: str, *, held_by: HeldBy = "backup"
+        self,
+        vm: str,
+        disks: list[BackupDisk],
+        config: str,
+        *,
+        held_by: HeldBy = "backup",
+        target: str | None = None,
     ) -> FrozenVm:
         """Fork all disks of the VM at one instant (B1); waits for an earlier merge of the same images.
 
         Refused while a live backup or ``checkpoint begin`` holds a checkpoint of this VM or these images.
         If the caller dies without ``end``, its owner calls ``FrozenVm.end("discard")`` or ``("pending")``.
         """
-        return await self._checkpoints.begin(vm, disks, config, held_by)
+        return await self._checkpoints.begin(vm, disks, config, held_by, target)
 
     async def end_checkpoint(self, checkpoint: str, outcome: Outcome) -> None:
         """``diskctl checkpoint end``: FrozenVm.end by id."""

@@ -9,6 +9,8 @@ which files a point's name leads to.
 import datetime as dt
 import errno
 import os
+import re
+import secrets
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +20,7 @@ from typing import Final
 import attrs
 import structlog
 
-from daemonkit.durable import lock_file, read_small_file
+from daemonkit.durable import lock_file, read_small_file, replace_file
 from daemonkit.errors import OperatorError
 from daemonkit.units import MiB
 from diskd.core.catalog import (
@@ -51,6 +53,8 @@ from diskd.shell.repository_files import RepositoryFiles
 from diskd.shell.verify import Poll, verify_point
 
 LOCK: Final = ".lock"
+IDENTITY: Final = ".id"
+_IDENTITY: Final = re.compile(r"[0-9a-f]{32}", re.ASCII)
 MANIFEST_BYTES_MAX: Final = 1 * MiB
 
 log = structlog.get_logger("repository")
@@ -67,8 +71,9 @@ class VmPoints:
 class Repository:
     """Made by ``open_repository``."""
 
-    def __init__(self, root: Path, files: RepositoryFiles) -> None:
+    def __init__(self, root: Path, identity: str, files: RepositoryFiles) -> None:
         self.root = root
+        self.identity: Final = identity
         self._files = files
         self._names = threading.RLock()
 
@@ -264,6 +269,18 @@ def full_of(opened: OpenPoint) -> tuple[ExportHeader, Iterator[tuple[int, int, b
     return header, frames()
 
 
+def _identity(root: Path) -> str:
+    """The repository's own name, made at its first start: sources remember which target knows of a point."""
+    path = root / IDENTITY
+    found = read_small_file(path).decode("ascii", "replace") if path.exists() else ""
+    if not _IDENTITY.fullmatch(found):
+        if found:
+            log.warning("repository.identity_replaced", path=str(path))
+        found = secrets.token_hex(16)
+        replace_file(path, found.encode())
+    return found
+
+
 @contextmanager
 def open_repository(root: Path, files: RepositoryFiles | None = None) -> Iterator[Repository]:
     """The repository under ``root``, locked and cleaned up. Raises OperatorError, LockHeldError."""
@@ -276,7 +293,7 @@ def open_repository(root: Path, files: RepositoryFiles | None = None) -> Iterato
             raise OperatorError(f"{root}: cannot be written: {error.strerror}") from error
         raise
     try:
-        repository = Repository(root, files or RepositoryFiles())
+        repository = Repository(root, _identity(root), files or RepositoryFiles())
         for path in repository.clean_up():
             log.info("repository.leftover_removed", path=path)
         yield repository

@@ -58,6 +58,8 @@ T = TypeVar("T")
 WINDOW_BYTES: Final = 16 << 20
 RECEIVING_MAX: Final = 8
 READING_MAX: Final = 8
+# Threads for what is answered at once, however many long jobs run.
+_ANSWERING: Final = 4
 # A source that says nothing for so long is dead: it has no reason to be silent while its window is open.
 IDLE_SECONDS_MAX: Final = 120.0
 HEADER_SECONDS_MAX: Final = 30.0
@@ -116,7 +118,7 @@ class Target:
 
     def __init__(self, repository: Repository) -> None:
         self._repository = repository
-        self._threads = trio.CapacityLimiter(RECEIVING_MAX + READING_MAX)
+        self._threads = trio.CapacityLimiter(RECEIVING_MAX + READING_MAX + _ANSWERING)
         self._receiving: dict[str, _Receiving] = {}
         self._slots = trio.Semaphore(RECEIVING_MAX)
         self._reading = trio.Semaphore(READING_MAX)
@@ -141,7 +143,9 @@ class Target:
             raise Refused("name the VM")
         loaded = await self._thread(self._repository.load, request.vm)
         points = [calls.OfferedPoint(p.point, dict(p.disks)) for p in offered(loaded.points)]
-        return calls.OfferedPoints(len(loaded.points) + len(loaded.damaged), points)
+        return calls.OfferedPoints(
+            self._repository.identity, len(loaded.points) + len(loaded.damaged), points
+        )
 
     async def _settle(self, request: calls.PointName, _call: Call) -> calls.SettleReport:
         receiving = self._receiving.get(request.vm)
