@@ -161,7 +161,7 @@ def flapping(story: Story) -> None:
     stage.say(f"drained: {VM} is online on {vm['owner']}, epoch {vm['epoch']}")
     stage.wait_node(node, observer, "up", left + 20)
     stage.say(f"the quarantine is over: {node} is up again")
-    stage.rows.append(Row(f"{node} flaps", f"quarantined, drained to {vm['owner']}", downtime))
+    stage.rows.append(Row(f"{node} flaps", f"quarantined, VM on {vm['owner']}", downtime))
 
 
 def end(story: Story) -> None:

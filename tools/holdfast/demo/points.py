@@ -29,7 +29,7 @@ def differential(story: Story) -> None:
     stage.chapter("f", "a differential backup after the VM has moved")
     written = story.change_system()
     stage.say(f"files on {SYSTEM} changed: {format_size(written)} written")
-    backup = story.backup("differential after the moves")
+    backup = story.backup("differential, VM moved")
     _check_differential(story, backup, exact=True)
     truth = _truly_changed(story.backups[-2], backup)
     stage.expect(
@@ -77,7 +77,7 @@ def killed_daemon(story: Story) -> None:
     downtime = story.downtime_seconds(begin_ns, time.monotonic_ns())
     changes = stage.json("diskctl", "changes", JOURNAL, "--since", base, "--json")
     stage.expect(changes["exact"], "after kill -9 of the daemon the answer is exact")
-    backup = story.backup("differential after kill -9")
+    backup = story.backup("differential, kill -9")
     _check_differential(story, backup, exact=True)
     truth = _truly_changed(story.backups[-2], backup)
     system = next(entry for entry in backup.report["disks"] if entry["image"] == SYSTEM)
@@ -106,10 +106,10 @@ def _power_loss(story: Story) -> None:
         bound = changes["over_report_bytes"]
         stage.expect(0 < bound <= size, f"{image}: the over-report of {bound} bytes is bounded")
         stage.say(f"{image}: not exact, over-reports at most {format_size(bound)}")
-    backup = story.backup("differential after power loss")
+    backup = story.backup("differential, power loss")
     _check_differential(story, backup, exact=False)
     truth = _truly_changed(story.backups[-2], backup)
-    stage.rows.append(_row_of(backup, f"bounded; {format_size(sum(truth.values()))} differ, none missed"))
+    stage.rows.append(_row_of(backup, f"bounded; {format_size(sum(truth.values()))} differ"))
 
 
 def throw_away_shared_memory(stage: Stage) -> int:

@@ -19,7 +19,7 @@ from rich.console import Console
 T = TypeVar("T")
 
 COMMAND_SECONDS_MAX = 60.0
-POLL_SECONDS = 0.1
+POLL_SECONDS = 0.2
 
 
 class DemoFailed(Exception):
