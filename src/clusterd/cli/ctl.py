@@ -44,6 +44,8 @@ cli.add_command(node)
 def status(context: click.Context, as_json: bool, watch: bool) -> None:
     """Show nodes, VMs, what is held back and who reaches whom.
 
+    Of several nodes given, all are asked, and the view of one that is not isolated is shown.
+
     \b
     Example: clusterctl --node 10.0.0.1:7100 status
     """
@@ -51,7 +53,7 @@ def status(context: click.Context, as_json: bool, watch: bool) -> None:
     if watch:
         run_async(lambda: _watch(cluster, as_json=as_json))
         return
-    document = cluster.read(calls.STATUS, calls.Nothing()).document
+    document = run_async(cluster.status)
     if as_json:
         print_json(document)
         return
@@ -65,16 +67,13 @@ async def _watch(cluster: Cluster, *, as_json: bool) -> None:
 
     from clusterd.cli.ctl_view import console, status_view
 
-    async def read() -> dict[str, Any]:
-        return (await cluster.ask(calls.STATUS, calls.Nothing(), repeatable=True)).document
-
     if as_json:
         while True:
-            click.echo(json.dumps(await read()))
+            click.echo(json.dumps(await cluster.status()))
             await trio.sleep(1)
     with Live(console=console(), auto_refresh=False) as live:
         while True:
-            live.update(status_view(await read()), refresh=True)
+            live.update(status_view(await cluster.status()), refresh=True)
             await trio.sleep(1)
 
 

@@ -9,6 +9,8 @@ import attrs
 import click
 import trio
 
+from clusterd.core.calls import STATUS, Nothing
+from clusterd.core.status import choose_status
 from daemonkit.cli import CALL_SECONDS_MAX, read_key, run_async
 from daemonkit.errors import UsageError
 from daemonkit.methods import Method
@@ -19,6 +21,7 @@ P = TypeVar("P")
 R = TypeVar("R")
 
 CONNECT_SECONDS_MAX: Final = 2.0
+ADDRESSES_MAX: Final = 64
 
 
 @attrs.frozen
@@ -35,6 +38,31 @@ class Cluster:
     def command(self, method: Method[P, R], params: P) -> R:
         """Ask one node only, once it took the connection: asking twice could do it twice."""
         return run_async(lambda: self.ask(method, params, repeatable=False))
+
+    async def status(self) -> dict[str, Any]:
+        """The status document to believe, of those that the given nodes answer with. Raises as ``ask``.
+
+        A node whose cables are pulled sees everybody else as isolated: where others answer too, its view
+        is not the one to show.
+        """
+        documents: dict[str, dict[str, Any]] = {}
+        failures: list[str] = []
+
+        async def ask_one(address: Address) -> None:
+            try:
+                answer = await Cluster((address,), self.key).ask(STATUS, Nothing(), repeatable=True)
+            except CallFailed as error:
+                failures.append(str(error))
+            else:
+                documents[answer.document["answered_by"]] = answer.document
+
+        async with trio.open_nursery() as nursery:
+            for address in self.addresses[:ADDRESSES_MAX]:
+                nursery.start_soon(ask_one, address)
+        chosen = choose_status(documents)
+        if chosen is None:
+            raise CallFailed("; ".join(sorted(failures)))
+        return chosen
 
     async def ask(self, method: Method[P, R], params: P, *, repeatable: bool) -> R:
         """The answer. Raises CallRefused, or CallFailed with what each address said."""

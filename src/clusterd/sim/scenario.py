@@ -11,6 +11,7 @@ from typing import Any, Final
 import attrs
 
 from clusterd.core.properties import DEFAULTS, parse_properties
+from clusterd.core.status import choose_status
 from clusterd.core.types import NAME_PATTERN, NODES_MAX, Admission, Liveness, VmState
 from clusterd.errors import Refused
 from daemonkit.schema import structure
@@ -256,19 +257,6 @@ def _do(text: str, nodes: set[str], vms: set[str], where: str) -> Do:
 def _is_process(name: str, nodes: set[str], vms: set[str]) -> bool:
     node, dot, process = name.partition(".")
     return bool(dot) and node in nodes and (process == "clusterd" or process in vms)
-
-
-def choose_status(documents: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
-    """Of the status documents of all nodes that answered, the one to believe: of a node that is not
-    isolated and knows the store, of the leader rather than of another, by name. A node that is back says so
-    an interval before the others can."""
-
-    def rank(name: str) -> tuple[bool, bool, bool, str]:
-        document = documents[name]
-        own = document["nodes"].get(name, {}).get("state")
-        return own == "isolated", document["store"] != "ok", document["leader"] != name, name
-
-    return documents[min(documents, key=rank)] if documents else None
 
 
 __all__ = [
