@@ -138,7 +138,11 @@ def explain_node(context: click.Context, name: str, as_json: bool) -> None:
     if not rows:
         click.echo(f"no VM is on {name}: nothing would happen")
     for row in rows:
-        click.echo("  ".join(f"{key}={value}" for key, value in row.items() if value is not None))
+        after = "" if row["after_s"] is None else f" after {row['after_s']:g} s"
+        where = f" on {row['target']}" if row["target"] else ""
+        click.echo(f"{row['vm']}: {row['outcome']}{where}{after}: {row['why']}")
+        for reason in row["reasons"]:
+            click.echo(f"    {reason}")
 
 
 @cli.group()
