@@ -4,6 +4,7 @@ import errno
 import itertools
 import os
 import random
+import threading
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -32,6 +33,8 @@ class FailingFiles(Files):
         super().__init__(directory, sync=self._sync_or_fail)
         self.broken: int | None = None
         self.no_sync = False
+        self.gate: threading.Event | None = None  # writes to the AVHD wait for it
+        self.waits = False
 
     def _sync_or_fail(self, descriptor: int) -> None:
         if self.no_sync:
@@ -40,6 +43,9 @@ class FailingFiles(Files):
 
     def _step(self, step: Step):
         if self.broken is not None and isinstance(step, Write) and step.file == avhd.DATA_FILE:
+            if self.gate is not None:
+                self.waits = True
+                self.gate.wait()
             raise OSError(self.broken, os.strerror(self.broken))
         return super()._step(step)
 
@@ -163,6 +169,22 @@ async def test_what_the_avhd_cannot_take_goes_to_the_parent(tmp_path, seed, numb
             await r.merge()
         await r.merge()
         assert r.path.read_bytes() == r.model and not r.failed
+
+
+async def test_a_write_planned_before_the_invalidation_is_planned_anew(tmp_path):
+    """Two guests' writes fail at once: the second must not be put into the parent as if the AVHD had the
+    rest of its block."""
+    async with rig(tmp_path, 7) as r:
+        r.files.broken, r.files.gate = errno.ENOSPC, threading.Event()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(r.layer.write, 3 * BLOCK + 700, b"x")  # planned as a copy-up
+            with trio.fail_after(20):
+                while not r.files.waits:
+                    await trio.lowlevel.checkpoint()
+            r.layer.start_merging()
+            r.files.gate.set()
+        r.model[3 * BLOCK + 700] = ord("x")
+        assert await r.layer.read(0, SIZE) == r.model
 
 
 async def test_a_block_rewritten_all_the_time_does_not_hold_up_the_merge(tmp_path):

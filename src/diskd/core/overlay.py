@@ -208,7 +208,7 @@ def evict(map_: AvhdMap, merge: Merge, piece: Piece, data: bytes) -> Script[None
     size = map_.head.block_bytes
     block = piece.offset // size
     whole = piece.length == min(size, map_.head.size_bytes - block * size)
-    source = DATA_FILE if piece.base == DATA and not whole else None
+    source = None if whole or piece.base == ZERO else DATA_FILE if piece.base == DATA else PARENT_FILE
     start, content = yield from build_block(map_, piece, data, source=source)
     yield Write(PARENT_FILE, start, content)
     yield from merge.settle_block(block)

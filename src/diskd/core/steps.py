@@ -14,7 +14,7 @@ File names are relative to the image's directory and fixed by this project; they
 A step that fails raises OSError at its ``yield``. A failed Sync is final: a script must not retry it.
 """
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import Any, TypeAlias, TypeVar
 
 import attrs
@@ -96,3 +96,21 @@ class Size:
 
 Step: TypeAlias = Read | Write | Punch | Allocate | Truncate | Sync | Replace | Remove | Size
 Script: TypeAlias = Generator[Step, Any, T]
+
+
+def before_steps(script: Script[T], note: Callable[[Step], None]) -> Script[T]:
+    """The same script; ``note`` is called with each step right before it is executed."""
+    result: Any = None
+    error: OSError | None = None
+    while True:
+        try:
+            step = script.throw(error) if error is not None else script.send(result)
+        except StopIteration as stop:
+            value: T = stop.value
+            return value
+        result = error = None
+        note(step)
+        try:
+            result = yield step
+        except OSError as failure:
+            error = failure

@@ -25,7 +25,7 @@ from diskd.core import interval as interval_file
 from diskd.core import mrt, points, rct
 from diskd.core.extents import PageMap, page_map, set_range, union_in_place
 from diskd.core.geometry import Identity
-from diskd.core.points import Catalogue
+from diskd.core.points import Catalogue, Segment
 from diskd.core.recovery import Recovered
 from diskd.core.shared import SharedArea
 from diskd.core.steps import Remove, Replace, Script
@@ -297,23 +297,29 @@ def replace_catalogue(identity: Identity, catalogue: Catalogue) -> Script[None]:
     yield Replace(points.FILE, points.encode_catalogue(identity, catalogue))
 
 
-def join_segments(identity: Identity, generation: UUID, catalogue: Catalogue) -> Script[Catalogue]:
-    """Join neighbouring interval files without a point between them; any crash on the way is harmless.
+def join_segments(
+    identity: Identity, generation: UUID, catalogue: Catalogue, pair: tuple[Segment, Segment]
+) -> Script[Catalogue]:
+    """Join one pair (``points.joinable``) of interval files; any crash on the way is harmless.
 
     The left file takes the right one's bits first: until the catalogue forgets the right one, both are
-    united anyway, since no point separates them.
+    united anyway, since no point separates them. The right one's file is removed by the caller, once it has
+    taken over the catalogue: a failure there must not leave it with an older one than the disk's.
     """
-    while (pair := points.joinable(catalogue)) is not None:
-        left, right = pair
-        pages = interval_file.unite(
-            [
-                (yield from interval_file.load(identity, generation, left.interval)),
-                (yield from interval_file.load(identity, generation, right.interval)),
-            ]
-        )
-        name = interval_file.file_name(left.interval)
-        yield Replace(name, interval_file.encode(identity, generation, left.interval, pages))
-        catalogue = points.joined(catalogue, left, right)
-        yield from replace_catalogue(identity, catalogue)
-        yield Remove(interval_file.file_name(right.interval))
+    left, right = pair
+    pages = interval_file.unite(
+        [
+            (yield from interval_file.load(identity, generation, left.interval)),
+            (yield from interval_file.load(identity, generation, right.interval)),
+        ]
+    )
+    name = interval_file.file_name(left.interval)
+    yield Replace(name, interval_file.encode(identity, generation, left.interval, pages))
+    catalogue = points.joined(catalogue, left, right)
+    yield from replace_catalogue(identity, catalogue)
     return catalogue
+
+
+def remove_segment(segment: Segment) -> Script[None]:
+    """The file of a closed interval that no catalogue knows any more."""
+    yield Remove(interval_file.file_name(segment.interval))

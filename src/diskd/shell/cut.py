@@ -57,10 +57,15 @@ class Cut:
                 raise Refused(
                     f"{image.name}: no shared memory for another bitmap: {error.strerror}; free some there"
                 ) from error
-            async with image.commit_turn:
-                header = next_header(tracker, next_nonce=nonce, root_sequence=tracker.root.sequence)
-                await image.perform(mrt.write_header(image.identity, header))
-                tracker.prepare(area, header)
+            try:
+                async with image.commit_turn:
+                    header = next_header(tracker, next_nonce=nonce, root_sequence=tracker.root.sequence)
+                    await image.perform(mrt.write_header(image.identity, header))
+                    tracker.prepare(area, header)
+            finally:
+                if tracker.prepared is not area:  # cancelled, or failed: nobody else knows of it
+                    image.shared.remove(nonce)
+                    area.release()
 
     def freeze(self, point: str) -> None:
         self._image.tracker.freeze(point)

@@ -26,8 +26,8 @@ from diskd.core.extents import PageMap, page_map
 from diskd.core.geometry import BLOCK_BYTES_DEFAULT, REGION_BYTES_DEFAULT, Geometry, Identity
 from diskd.core.points import Point, Span
 from diskd.core.ports import ChangeReport, Layer
-from diskd.core.steps import Remove, Script
-from diskd.core.tracker import Tracker, commit, flush, next_header, replace_catalogue
+from diskd.core.steps import Script
+from diskd.core.tracker import Tracker, commit, flush, next_header, remove_segment, replace_catalogue
 from diskd.core.tracker import join_segments as join_script
 from diskd.errors import Damaged, Refused
 from diskd.shell.cut import Cut
@@ -136,6 +136,8 @@ class Image:
                 if self.failure is None:
                     async with self.held():
                         await self._close_cleanly()
+                        # A write that the hold kept waiting finds this, and nothing is open any more (T1).
+                        self.failure = "the image is closed"
             finally:
                 with trio.move_on_after(_CLOSE_SECONDS_MAX, shield=True):
                     await self.layer.close()
@@ -340,15 +342,18 @@ class Image:
             self.tracker.catalogue = catalogue
             for segment in before.segments:
                 if segment not in catalogue.segments:
-                    await self.perform(_remove(interval.file_name(segment.interval)))
+                    await self.perform(remove_segment(segment))
         await self.join_segments()
 
     async def join_segments(self) -> None:
         """Join interval files that no point separates any more. Only saves space: done later if it fails."""
         async with self.catalogue_turn:
-            script = join_script(self.identity, self.tracker.generation, self.tracker.catalogue)
             try:
-                self.tracker.catalogue = await self.perform(script, refusable=True)
+                while (pair := points.joinable(self.tracker.catalogue)) is not None:
+                    tracker = self.tracker
+                    script = join_script(self.identity, tracker.generation, tracker.catalogue, pair)
+                    tracker.catalogue = await self.perform(script, refusable=True)
+                    await self.perform(remove_segment(pair[1]), refusable=True)
             except Damaged as error:
                 log.warning("image.interval_damaged", image=self.name, reason=str(error))
             except OSError as error:
@@ -392,7 +397,3 @@ class Image:
         except FileNotFoundError as error:
             raise Damaged(f"{path.name} is missing") from error
         return interval.decode(self.identity, self.tracker.generation, number, data)
-
-
-def _remove(name: str) -> Script[None]:
-    yield Remove(name)

@@ -14,7 +14,7 @@ import errno
 import os
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Final, Protocol, TypeVar
 
 import attrs
 import trio
@@ -24,7 +24,7 @@ from diskd.core.avhd import DATA, PARENT, ZERO, AvhdMap, Head, SyncFailed
 from diskd.core.merge import Merge, punch
 from diskd.core.overlay import Mode, Piece
 from diskd.core.ports import Allocation, Layer
-from diskd.core.steps import Script
+from diskd.core.steps import Script, Step, before_steps
 from diskd.shell.files import Files
 from diskd.shell.live_map import LiveMap
 
@@ -36,6 +36,12 @@ _ALLOCATIONS_MAX: Final = 4096
 # A parent that has no space for a batch is asked again after this long; the AVHD keeps the data meanwhile.
 _RETRY_SECONDS: Final = 1.0
 _PUNCH_RANGES: Final = 64  # one thread hop's worth: large punches hold up other I/O to the file
+
+
+class Parent(Layer, Protocol):
+    """The frozen layer: the raw file."""
+
+    def note_change(self) -> None: ...
 
 
 @attrs.frozen
@@ -54,7 +60,7 @@ class OverlayLayer:
         directory: Path,
         state_map: AvhdMap,
         live: LiveMap,
-        parent: Layer,
+        parent: Parent,
         files: Files,
         settings: OverlaySettings,
         *,
@@ -197,6 +203,7 @@ class OverlayLayer:
         pieces = await self._when_free(
             offset, len(data), lambda: overlay.plan_write(self.map, self.merge, offset, len(data))
         )
+        planned = self.merge
         if self._disposed or pieces is None:
             await self.parent.write(offset, data)
             return True
@@ -207,10 +214,12 @@ class OverlayLayer:
                 if any(piece.kind != "parent" for piece in pieces):
                     await self._files.run(overlay.write_avhd(self.map, pieces, offset, data))
             except OSError as error:
-                if self.merge is not None:
-                    await self._evict(self.merge, pieces, offset, data)
+                if planned is not None:
+                    await self._evict(planned, pieces, offset, data)
                     await self._write_parent(pieces, offset, data)
                     return True
+                if self.merge is not None:
+                    return False  # somebody else's write came first: no entry was made, plan anew
                 reason = error.strerror or str(error)
             else:
                 overlay.commit(self.map, pieces)
@@ -233,9 +242,8 @@ class OverlayLayer:
             while block in merge.copying or block in merge.clearing:
                 await self._changed.wait()
             part = bytes(view[piece.offset - offset : piece.offset - offset + piece.length])
-            await self.parent.write(0, b"")
             async with self._map_lock:
-                await self._finally(overlay.evict(self.map, merge, piece, part))
+                await self._finally(self._noted(overlay.evict(self.map, merge, piece, part)))
                 self.map.set_range(block, 1, PARENT)
 
     async def write_zeroes(self, offset: int, length: int, *, may_trim: bool) -> None:
@@ -283,6 +291,15 @@ class OverlayLayer:
             self._fail(self._failure)
             raise
 
+    def _noted(self, script: Script[T]) -> Script[T]:
+        """The script, which writes to the parent's file past its layer; each time it does is noted, since
+        its disk may be slow."""
+        return before_steps(script, self._note_step)
+
+    def _note_step(self, step: Step) -> None:
+        if step.file == avhd.PARENT_FILE:
+            self.parent.note_change()
+
     def _check(self) -> None:
         if self._failure is not None:
             raise OSError(errno.EIO, self._failure)
@@ -325,10 +342,7 @@ class OverlayLayer:
 
     async def _merge_batch(self, merge: Merge, runs: list[avhd.Run]) -> None:
         try:
-            # An empty write: tracking notes the time, so that the copy is not taken for an outside change.
-            await self.parent.write(0, b"")
-            await self._finally(merge.copy(runs))
-            await self.parent.write(0, b"")
+            await self._finally(self._noted(merge.copy(runs)))
             async with self._map_lock:
                 blocks = merge.submit_clear()
                 await self._finally(merge.clear(blocks))

@@ -164,6 +164,11 @@ class RawLayer:
     async def _in_thread(self, function: Callable[..., T], *arguments: object) -> T:
         return await trio.to_thread.run_sync(function, *arguments, limiter=self._threads)
 
+    def note_change(self) -> None:
+        """Tell tracking that somebody who writes past this layer (a merge) is about to change the file, or
+        just has: or else the change would be taken for one from outside (T4). From any thread."""
+        self._on_write()
+
     def _punch(self, offset: int, length: int) -> None:
         system.punch(self._descriptor, offset, length)
 

@@ -21,13 +21,14 @@ from diskd.core.geometry import RAW, Geometry, Identity
 from diskd.core.points import Catalogue
 from diskd.core.ports import ChangeReport
 from diskd.core.shared import create_area
-from diskd.core.steps import Remove, Script, Step, Sync, Truncate, Write
+from diskd.core.steps import Script, Step, Sync, Truncate, Write
 from diskd.core.tracker import (
     Tracker,
     commit,
     flush,
     join_segments,
     next_header,
+    remove_segment,
     replace_catalogue,
     store_interval,
     switch_interval,
@@ -263,9 +264,12 @@ class SimImage:
         yield from self._replace(points.delete(before, point))
         for segment in before.segments:
             if segment not in self.tracker.catalogue.segments:
-                yield Remove(interval.file_name(segment.interval))
-        script = join_segments(self.identity, self.tracker.generation, self.tracker.catalogue)
-        self.tracker.catalogue = yield from script
+                yield from remove_segment(segment)
+        while (pair := points.joinable(self.tracker.catalogue)) is not None:
+            tracker = self.tracker
+            script = join_segments(self.identity, tracker.generation, tracker.catalogue, pair)
+            tracker.catalogue = yield from script
+            yield from remove_segment(pair[1])
         self._busy.remove("catalogue")
 
     def _replace(self, catalogue: Catalogue) -> Task:
