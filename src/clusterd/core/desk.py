@@ -14,13 +14,15 @@ from clusterd.core.store_view import StoreView
 from clusterd.core.types import EventName, Identity
 from daemonkit.units import MILLISECOND
 
+NEVER_AWAY: Final = -(1 << 62)
 OVERDUE_NS: Final = 50 * MILLISECOND
 
 
 @attrs.define
 class Desk:
     """``store_known``: the last store request was answered by our own store (S3, S6). ``lease``: our
-    session, None while there is none. ``now``: of the event being handled."""
+    session, None while there is none. ``now``: of the event being handled. ``back_since``: when we were last
+    isolated ourselves."""
 
     identity: Identity
     state: NodeState
@@ -34,6 +36,7 @@ class Desk:
     lease_good_until: int = 0
     is_self_isolated: bool = False
     isolated_since: int = 0
+    back_since: int = NEVER_AWAY
     is_unsure: bool = False  # was isolated, and has not read the store since: runs may be stale
     is_leaving_process: bool = False
     expected: dict[str, tuple[int, int]] = attrs.field(factory=dict)  # incarnation present, since when

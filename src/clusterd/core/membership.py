@@ -14,12 +14,13 @@ Of ourselves we say ``isolated`` when we are in contact with no majority of the 
 answers us and says that no larger side is alive.
 """
 
-from typing import Literal
+from typing import Final, Literal
 
 from clusterd.core import records
 from clusterd.core.desk import Desk
 from clusterd.core.types import Admission, Liveness
 
+RECENT_BEATS: Final = 2  # below the lowest threshold, and above what a lost datagram takes
 Standing = Literal["majority", "tie", "minority"]
 
 
@@ -132,6 +133,26 @@ def standing(desk: Desk) -> Standing:
     if 2 * ours > len(alive):
         return "majority"
     return "tie" if 2 * ours == len(alive) else "minority"
+
+
+def may_be_us(desk: Desk) -> bool:
+    """Whether the node that was just lost may be well and we may be the one cut off: of the members whose
+    presence is alive, fewer than half have been heard of in the last beats, though their evidence still
+    counts. Contacts end one after the other, within a beat; who blames the first is wrong in that case. They
+    come back one after the other as well, so for one isolation time after our own return nobody is blamed."""
+    if desk.now < desk.back_since + desk.properties.isolation_ns:
+        return True
+    names = [name for name in counted_members(desk) if desk.view.presence(name) is not None]
+    recent = sum(1 for name in names if name == desk.name or _is_recent(desk, name))
+    return 2 * recent < len(names)
+
+
+def _is_recent(desk: Desk, node: str) -> bool:
+    peer = desk.contacts.peers.get(node)
+    if peer is None or peer.advanced_at is None or not peer.in_contact:
+        return False
+    beat = desk.contacts.lasts_ns(peer) // desk.properties.heartbeat_threshold
+    return desk.now < peer.advanced_at + RECENT_BEATS * beat
 
 
 def judge_self(desk: Desk) -> bool:

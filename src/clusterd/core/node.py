@@ -60,7 +60,6 @@ class NodeCore:
     beat_at: int | None
     contact_at: int | None
     jump: tuple[int, int] | None
-    returned_at: int
     rejected: dict[str, int]
 
     def __init__(self, identity: Identity, state: NodeState) -> None:
@@ -79,7 +78,6 @@ class NodeCore:
         self.chronicle = Chronicle(self.desk, self.owner, self.watching)
         self.beat_at = self.contact_at = None
         self.jump = None
-        self.returned_at = 0
         self.rejected = {}
 
     @property
@@ -260,10 +258,10 @@ class NodeCore:
         # What was assigned meanwhile is not known before a read that began after the return.
         if verdict:
             desk.is_unsure = True
-        elif desk.is_unsure and self.store.is_usable and self.store.last_read_asked_at > self.returned_at:
+        elif desk.is_unsure and self.store.is_usable and self.store.last_read_asked_at > desk.back_since:
             desk.is_unsure = False
         if verdict:
-            self.returned_at = desk.now
+            desk.back_since = desk.now
 
     # -- questions
 

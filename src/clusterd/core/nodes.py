@@ -5,6 +5,9 @@ first saw that revision, plus what has happened since. What differs is written, 
 node; elapsed times alone are rewritten once per isolation time. So a change of leader may lengthen a
 window or a quarantine by that much, but never shorten it.
 
+No window is opened while it may be us who are cut off (``membership.may_be_us``): the elapsed time counts
+from the loss all the same.
+
 An isolation that no leader wrote down, because it was the leader's own or nobody led, is remembered by
 everybody who saw it from a majority, and by the node itself (``observe``). Whoever leads next counts it; a
 change of the record in the meantime shows that somebody has dealt with it. So an exit is counted once.
@@ -17,7 +20,7 @@ import attrs
 from clusterd.core import quarantine, records
 from clusterd.core.desk import Desk
 from clusterd.core.isolation import longest_ns, opened, progressed
-from clusterd.core.membership import counted_members, goodbye, in_contact, is_lost
+from clusterd.core.membership import counted_members, goodbye, in_contact, is_lost, may_be_us
 from clusterd.core.records import HeldItem, NodeRecord
 from clusterd.core.store_session import StoreSession
 from clusterd.core.types import EventName
@@ -51,7 +54,8 @@ class NodeRecords:
         """Every round, leader or not: remember isolations that may stay uncounted."""
         desk = self.desk
         members = counted_members(desk)
-        sees_majority = 2 * sum(1 for name in members if in_contact(desk, name)) > len(members)
+        reached = sum(1 for name in members if in_contact(desk, name))
+        sees_majority = 2 * reached > len(members) and not may_be_us(desk)
         for name in members:
             revision = desk.view.mod(f"nodes/{name}")
             is_ours = name == desk.name
@@ -101,6 +105,9 @@ class NodeRecords:
         if said is not None and said.kind == "leave":
             return attrs.evolve(record, window=None)
         since = self.lost_since.setdefault(name, desk.now)
+        if window is None and may_be_us(desk):
+            desk.wake(desk.now + desk.properties.heartbeat_interval_ns // 2)
+            return record
         if window is None:
             grace = desk.properties.restart_grace_ns if said is not None else None
             peer = desk.contacts.peers.get(name)

@@ -134,11 +134,11 @@ class Carrier:
         world = self.world
         answers: list[events.LeaseAnswer] = []
         for disk in effect.disks:
-            if (host.name, "diskd") in world.network.cuts or not world.storage.is_up:
+            if world.network.loses(host.name, "diskd") or not world.storage.is_up:
                 answers.append(events.LeaseAnswer(disk.image, "unanswered", 0, "no answer"))
                 break
             granted, epoch = world.storage.acquire(disk.image, effect.epoch, effect.holder)
-            if ("diskd", host.name) in world.network.cuts:  # it happened, but nobody here knows
+            if world.network.loses("diskd", host.name):  # it happened, but nobody here knows
                 answers.append(events.LeaseAnswer(disk.image, "unanswered", 0, "no answer"))
                 break
             outcome = "acquired" if granted else "refused"

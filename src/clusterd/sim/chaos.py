@@ -14,10 +14,11 @@ from typing import Any, Final
 import attrs
 
 from clusterd.core import commands as c
+from clusterd.core import effects, events
 from clusterd.core.types import VmState
 from clusterd.sim.run import apply_fault, vm_config
 from clusterd.sim.scenario import Do, ScenarioVm, choose_status, lab_properties
-from clusterd.sim.world import World
+from clusterd.sim.world import Host, World
 from daemonkit.errors import InvariantBroken
 from daemonkit.units import MILLISECOND, SECOND
 
@@ -31,6 +32,14 @@ PROPERTIES: Final = {
     "restart_grace": "5s",
 }
 SETTLE_NS: Final = 60 * SECOND
+CRASH_POINTS: Final = (
+    effects.Persist,
+    effects.WriteStore,
+    effects.AcquireLeases,
+    effects.SpawnRun,
+    effects.StopRun,
+    effects.GrantSession,
+)
 RESTING: Final = (VmState.ONLINE.value, VmState.OFFLINE.value, VmState.FAILED.value, VmState.HELD.value)
 
 
@@ -78,6 +87,13 @@ class Chaos:
             self._kill_vm,
             self._command,
             self._command,
+            self._weather,
+            self._weather,
+            self._crash_soon,
+            self._terminate,
+            self._vm_life,
+            self._property,
+            self._confirm_dead,
         ]
 
     def _fault(self, verb: str, *args: str, flags: tuple[str, ...] = ()) -> None:
@@ -119,6 +135,71 @@ class Chaos:
     def _service(self) -> None:
         self._fault("kill", self.randomness.choice(["store", "diskd"]))
 
+    def _weather(self) -> None:
+        """A link that loses or delays: questions, answers and heartbeats alike."""
+        a, b = self.randomness.sample([*self.world.names, "store", "diskd"], 2)
+        if self.randomness.random() < 0.5:
+            self._fault("loss", a, b, self.randomness.choice(["0.2", "0.5"]))
+        else:
+            self._fault("delay", a, b, self.randomness.choice(["20ms", "150ms", "600ms"]))
+
+    def _crash_soon(self) -> None:
+        """A clusterd dies between two effects of one Ready: the first of this kind that it meets."""
+        victim, kind = self._node(), self.randomness.choice(CRASH_POINTS)
+        before = self.randomness.random() < 0.5
+
+        def dies(host: Host, effect: object) -> bool:
+            if host.name != victim or not isinstance(effect, kind):
+                return False
+            self.world.cut_after = None
+            if not before:
+                self.world.carrier.carry(host, effect)
+            self.world.note("#", f"{victim}.clusterd dies {'before' if before else 'after'} {kind.__name__}")
+            return True
+
+        self.world.cut_after = dies
+
+    def _terminate(self) -> None:
+        """SIGTERM, and a start some time later."""
+        host = self.world.hosts[self._node()]
+        self.world.note("#", f"terminate {host.name}.clusterd")
+        self.world.deliver(host, events.ShutdownRequested(), host.generation)
+        self.world.after(int(self.randomness.random() * 8 * SECOND), lambda: self.world.start(host))
+
+    def _order(self, command: c.Command) -> None:
+        self.world.note("#", repr(command))
+        self.world.command(self._node(), command)
+
+    def _vm_life(self) -> None:
+        """VMs come and go, also on the images of others, which must be refused."""
+        vm = self.randomness.choice(self.vms)
+        config = vm_config(attrs.evolve(vm, name=self.randomness.choice([vm.name, "late"])))
+        self._order(
+            self.randomness.choice([c.RemoveVm(vm.name), c.AddVm(config), c.AddVm(config, replace=True)])
+        )
+
+    def _property(self) -> None:
+        changes = [
+            ("heartbeat_interval", "100ms"),
+            ("heartbeat_interval", "200ms"),
+            ("heartbeat_interval", "400ms"),
+            ("resiliency_period", "1s"),
+            ("resiliency_period", "6s"),
+            ("resiliency_level", "off"),
+            ("resiliency_level", "uncertain"),
+            ("resiliency_level", "always"),
+            ("isolation_response", "stop"),
+            ("isolation_response", "leave"),
+            ("store_session", "4s"),
+        ]
+        self._order(c.SetProperty(*self.randomness.choice(changes)))
+
+    def _confirm_dead(self) -> None:
+        """Operators speak the truth: only of a host whose power is off."""
+        dead = [host.name for host in self.world.hosts.values() if not host.is_up]
+        if dead:
+            self._order(c.ConfirmDead(self.randomness.choice(dead)))
+
     def _kill_vm(self) -> None:
         for host in self.world.hosts.values():
             for process in list(host.hypervisor.processes.values())[:1]:
@@ -139,15 +220,15 @@ class Chaos:
             c.ResumeNode(node),
             c.ResumeNode(node),
             c.ClearQuarantine(node),
+            c.LeaveNode(node),
         ]
-        command = self.randomness.choice(choices)
-        self.world.note("#", repr(command))
-        self.world.command(self._node(), command)
+        self._order(self.randomness.choice(choices))
 
     # -- coming to rest
 
     def mend(self) -> None:
         """Faults stop: every link, service and host works again."""
+        self.world.cut_after = None
         self._fault("heal")
         for service in ("store", "diskd"):
             self._fault("start", service)
@@ -158,6 +239,8 @@ class Chaos:
     def unrest(self) -> list[str]:
         """What has not come to rest, in words."""
         world = self.world
+        for host in world.hosts.values():
+            self.world.power_on(host)  # one that left meanwhile, as an operator told it, is started again
         status = choose_status(world.statuses())
         if status is None or len(world.statuses()) < len(world.names):
             return ["a clusterd does not answer"]

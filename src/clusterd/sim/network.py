@@ -19,19 +19,23 @@ class SimNetwork:
     loss: dict[tuple[str, str], float] = attrs.field(factory=dict)
     extra: dict[tuple[str, str], int] = attrs.field(factory=dict)
 
+    def loses(self, a: str, b: str) -> bool:
+        """Whether a message from a to b, sent now, never arrives."""
+        if (a, b) in self.cuts:
+            return True
+        lost = self.loss.get((a, b), 0.0)
+        return bool(lost) and self.randomness.random() < lost
+
     def delay(self, a: str, b: str) -> int | None:
         """How long a message from a to b takes now; None: it is lost."""
-        if (a, b) in self.cuts:
-            return None
-        lost = self.loss.get((a, b), 0.0)
-        if lost and self.randomness.random() < lost:
+        if self.loses(a, b):
             return None
         spread = int(self.randomness.random() * DELAY_NS_SPREAD)
         return DELAY_NS_MIN + spread + self.extra.get((a, b), 0)
 
     def is_open(self, a: str, b: str) -> bool:
         """Whether a request can go there and its answer back."""
-        return (a, b) not in self.cuts and (b, a) not in self.cuts
+        return not self.loses(a, b) and not self.loses(b, a)
 
     def cut(self, a: str, b: str, *, one_way: bool = False) -> None:
         self.cuts.add((a, b))

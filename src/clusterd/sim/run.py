@@ -230,8 +230,10 @@ def load_scenario(path: Path) -> Scenario:
     file = path / "scenario.toml" if path.is_dir() else path
     try:
         text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise Refused(f"{file}: {error}") from error
+    except OSError as error:
+        raise Refused(f"{file}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise Refused(f"{file}: not a TOML file: {error}") from error
     return parse_scenario(text, str(file))
 
 
