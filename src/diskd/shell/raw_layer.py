@@ -42,6 +42,8 @@ class RawLayer:
         self._sync_turn = trio.Lock()
         self._sync_wanted = self._sync_done = 0
         self._has_nowait = self._probe()
+        self._nowait = os.RWF_NOWAIT if self._has_nowait else 0
+        self._scratch = bytearray()
 
     def _probe(self) -> bool:
         """Whether this file system knows RWF_NOWAIT (ext4 and xfs do; tmpfs does not, and never waits)."""
@@ -61,13 +63,19 @@ class RawLayer:
         if not self._has_nowait:
             data = os.pread(self._descriptor, length, offset)
             return data if len(data) == length else None
-        buffer = bytearray(length)
+        scratch = self._scratch if length == len(self._scratch) else bytearray(length)
+        self._scratch = scratch
+        return bytes(scratch) if self.read_into_nowait(offset, scratch) else None
+
+    def read_into_nowait(self, offset: int, buffer: bytearray) -> bool:
+        """Fill the buffer; False where that would block, or would take long."""
+        length = len(buffer)
+        if self._slow or length > IN_PLACE_BYTES_MAX:
+            return False
         try:
-            if os.preadv(self._descriptor, [buffer], offset, os.RWF_NOWAIT) != length:
-                return None
+            return os.preadv(self._descriptor, (buffer,), offset, self._nowait) == length
         except BlockingIOError:
-            return None
-        return bytes(buffer)
+            return False
 
     async def read(self, offset: int, length: int) -> bytes:
         return await self._in_thread(self._read_blocking, offset, length)

@@ -17,6 +17,7 @@ import trio
 
 from diskd.core.ports import Allocation, Layer
 from diskd.core.tracker import REQUEST_BYTES_MAX, Tracker
+from diskd.shell.raw_layer import RawLayer
 
 
 class Gate(Protocol):
@@ -97,6 +98,12 @@ class Writer:
     def read_nowait(self, offset: int, length: int) -> bytes | None:
         self._begin()
         return self.image.layer.read_nowait(offset, length)
+
+    def read_into_nowait(self, offset: int, buffer: bytearray) -> bool:
+        """As ``read_nowait``, into memory of the caller; False where a layer has no such form."""
+        self._begin()
+        layer = self.image.layer
+        return isinstance(layer, RawLayer) and layer.read_into_nowait(offset, buffer)
 
     async def read(self, offset: int, length: int) -> bytes:
         self._begin()
