@@ -177,7 +177,7 @@ def test_resolve_finds_the_newest_frame_of_every_sector(chain, data):
             np.array([f[0] for f in frames], dtype=np.int64),
             np.array([f[1] for f in frames], dtype=np.int64),
             np.array([f[2] for f in frames], dtype=np.uint8),
-            [bytes(32) for _ in frames],
+            np.zeros((len(frames), 32), dtype=np.uint8),
         )
         for frames, layer_size in chain
     ]

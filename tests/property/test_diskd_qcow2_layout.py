@@ -156,3 +156,23 @@ def test_random_bytes_are_damage(data):
     file.data.extend(data)
     with pytest.raises(Damaged):
         file.reader()
+
+
+def test_a_large_sparse_disk_costs_what_it_holds():
+    """64 TiB with three clusters: a handful of steps, whatever the size."""
+    size = 64 << 40
+    file = MemoryFile()
+    model = {}
+    writer = Qcow2Writer(file.write, size_bytes=size, cluster_bytes=65536)
+    for start in (0, 1 << 40, size - 65536):
+        model[start] = bytes([start % 251 + 1]) * 65536
+        writer.data(start, model[start])
+    file.data.extend(bytes(writer.finish() - len(file.data)))
+    reader = file.reader()
+    reader.check()
+    mapped = list(reader.map(0, size))
+    assert [piece.offset for piece in mapped if piece.kind == "data"] == sorted(model)
+    assert len(mapped) < 12
+    assert sum(piece.length for piece in mapped) == size
+    for start, data in model.items():
+        assert read_chain([reader], start, 65536) == data

@@ -1,10 +1,14 @@
 """The export stream: whole = byte by byte, decode of encode is the same, garbage raises only our errors."""
 
+import attrs
 import pytest
+from blake3 import blake3
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from diskd.core.frame_index import parse_index
 from diskd.core.stream import (
+    FRAME,
     Ack,
     Committed,
     DiskHeader,
@@ -23,6 +27,7 @@ from diskd.core.stream import (
     decode_reply,
     encode_reply,
 )
+from diskd.errors import Damaged
 
 SECTOR = 512
 KINDS = [FrameKind.DATA, FrameKind.ZERO, FrameKind.HOLE]
@@ -102,8 +107,59 @@ def test_byte_by_byte(export):
 def test_an_index_is_the_stream_without_its_data(export):
     head, frames = export
     _, summary = encode_export(head, frames)
-    index, _ = encode_export(head, frames, payloads=False)
-    assert decode_all(index, 333, payloads=False)[-1] == summary
+    data, _ = encode_export(head, frames, payloads=False)
+    events = decode_all(data, 333, payloads=False)
+    assert events[-1] == summary
+    # The parser that takes all at once finds the same.
+    index = parse_index(data)
+    assert (index.header, index.trailer) == (head, summary)
+    for number, disk in enumerate(head.disks):
+        mine = [event.header for event in events[1:-1] if event.header.disk == number]
+        found = [index.disks[disk.name].header(place) for place in range(len(index.disks[disk.name]))]
+        assert found == [attrs.evolve(one, disk=0, number=place) for place, one in enumerate(mine)]
+
+
+@settings(deadline=None, max_examples=150)
+@given(exports(), st.data())
+def test_a_damaged_index_is_always_found(export, data):
+    index, _ = encode_export(*export, payloads=False)
+    where = data.draw(st.integers(0, len(index) - 1))
+    damaged = bytearray(index)
+    damaged[where] ^= 1 << data.draw(st.integers(0, 7))
+    for bad in (bytes(damaged), index[:where], index + bytes(56), index + b"x"):
+        with pytest.raises(Damaged):
+            parse_index(bad)
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.data())
+def test_an_index_that_breaks_the_rules_is_refused_though_its_digests_match(data):
+    """The two parsers agree on what is allowed: whoever could forge digests gains nothing."""
+    head = header([disk("a"), disk("b")])
+    integers = st.integers(0, 66).map(lambda n: n * SECTOR) | st.sampled_from(
+        [1, 2**40, 2**63, 2**64 - SECTOR]
+    )
+    rows = data.draw(
+        st.lists(
+            st.tuples(st.sampled_from([1, 2, 3, 9]), st.integers(0, 2), integers, integers, st.booleans()),
+            max_size=3,
+        )
+    )
+    opening = StreamEncoder(head).opening
+    packed = [
+        FRAME.pack(kind, 0, where, number, offset, length, bytes([digest]) * 32)
+        for number, (kind, where, offset, length, digest) in enumerate(rows)
+    ]
+    body = opening + b"".join(packed)
+    total = sum(length for kind, _, _, length, _ in rows if kind == 1) % 2**64
+    forged = body + FRAME.pack(255, 0, 0, len(rows), total, 0, blake3(body).digest())
+    try:
+        decode_all(forged, 4096, payloads=False)
+    except StreamError:
+        with pytest.raises(Damaged):
+            parse_index(forged)
+    else:
+        assert len(parse_index(forged).disks) == 2
 
 
 @settings(deadline=None, max_examples=100)

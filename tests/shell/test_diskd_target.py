@@ -16,12 +16,24 @@ from daemonkit.errors import OperatorError
 from daemonkit.frames import FrameReader
 from daemonkit.rpc import CallRefused, connect
 from diskd.core import target_calls as calls
-from diskd.core.stream import Ack, Committed, Ready, RefusedReply, StreamAborted, decode_reply
+from diskd.core.stream import (
+    Ack,
+    Committed,
+    DiskHeader,
+    ExportHeader,
+    Ready,
+    RefusedReply,
+    StreamAborted,
+    StreamEncoder,
+    StreamError,
+    decode_reply,
+)
 from diskd.errors import Refused
 from diskd.shell.backup import run_backup
+from diskd.shell.export import ExportSession, TargetLost, prepare_blocking
 from diskd.shell.repository import open_repository
 from diskd.shell.repository_files import RepositoryFiles
-from diskd.shell.restore import apply_file, restore_point
+from diskd.shell.restore import RestoreFiles, apply_file, restore_point
 
 MiB = 1 << 20
 DISKS = [BackupDisk("system", "system"), BackupDisk("journal", "journal")]
@@ -312,6 +324,21 @@ async def test_restore_writes_config_and_disks_sparse(tmp_path, library, nursery
     assert not (tmp_path / "other").exists()
 
 
+async def test_a_restore_takes_over_what_an_interrupted_one_left_but_nothing_that_is_being_written(tmp_path):
+    disk = DiskHeader("system", "system", MiB, 4096, 65536, 0, True, 0)
+    header = ExportHeader("web", "rp-" + "1" * 16, None, "full", "crash", "", [disk])
+    (tmp_path / ".system.raw.part").write_bytes(b"half" * MiB)
+    first = RestoreFiles(tmp_path, header, "raw")
+    with pytest.raises(Refused, match="just being written"):
+        RestoreFiles(tmp_path, header, "raw")
+    first.publish(StreamEncoder(header).summary())
+    first.discard()
+    assert (tmp_path / "system.raw").read_bytes() == bytes(MiB)
+    with pytest.raises(Refused, match="exists already"):
+        RestoreFiles(tmp_path, header, "raw")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["system.raw", "vm.toml"]
+
+
 async def test_a_restore_of_damaged_data_fails_and_leaves_no_disk(tmp_path, library, nursery):
     (tmp_path / "root").mkdir()
     address, _ = await start_target(nursery, tmp_path / "root")
@@ -344,6 +371,8 @@ async def test_apply_verifies_before_it_writes(tmp_path):
     raw = tmp_path / "disk.raw"
     with pytest.raises(Refused, match="does not exist"):
         apply_file(tmp_path / "difference", raw)
+    with pytest.raises(OSError, match="directory"):
+        apply_file(tmp_path / "full", tmp_path / "nowhere" / "disk.raw")
     apply_file(tmp_path / "full", raw)
     before = raw.read_bytes()
     bad = bytearray(difference)
@@ -356,6 +385,61 @@ async def test_apply_verifies_before_it_writes(tmp_path):
         apply_file(tmp_path / "full", raw)
     apply_file(tmp_path / "difference", raw)
     assert raw.read_bytes() == disk.data
+
+
+class ForgetfulNames(RepositoryFiles):
+    """The sync behind the rename fails, once."""
+
+    def __init__(self):
+        self.published, self.failed = False, False
+
+    def publish(self, temporary, final):
+        super().publish(temporary, final)
+        self.published = True
+
+    def sync_directory(self, path):
+        super().sync_directory(path)
+        if self.published and not self.failed:
+            self.failed = True
+            raise OSError(errno.EIO, "Input/output error")
+
+
+async def test_a_commit_that_may_not_last_is_pending_at_its_source(tmp_path, library, nursery):
+    """The point has its name already, so "refused" would be wrong; the next contact tells."""
+    address, _ = await start_target(nursery, tmp_path, files=ForgetfulNames())
+    with RaisesLeaf(TargetLost):
+        await backup(library, address)
+    point, outcome = library.ended[-1]
+    assert outcome == "pending"
+    done = await backup(library, address)
+    assert (done.base, library.settled) == (point, [(point, True)])
+
+
+async def test_a_damaged_base_is_refused_with_the_remedy(tmp_path, library, nursery):
+    address, _ = await start_target(nursery, tmp_path)
+    first = await backup(library, address)
+    index = tmp_path / "web" / first.point / "export.index"
+    index.write_bytes(index.read_bytes()[:-1])
+    with RaisesLeaf(Refused, "index is damaged: it is not complete; take a full backup: use --full"):
+        await backup(library, address)
+    assert (await backup(library, address, mode="full")).kind == "full"
+
+
+async def test_a_point_that_the_target_has_must_be_the_same_one(tmp_path, library, nursery):
+    address, _ = await start_target(nursery, tmp_path)
+    done = await backup(library, address)
+    frozen, _ = await exported(library)
+
+    async def send_as(point):
+        frozen.point = point
+        async with connect(address) as client:
+            stream = await client.open_stream(calls.EXPORT, calls.Nothing())
+            return await ExportSession(prepare_blocking(frozen, None)).run(stream)
+
+    assert (await send_as(done.point)).point == done.point
+    frozen.disks["system"]._data = b"x" * len(frozen.disks["system"]._data)
+    with RaisesLeaf(StreamError, "something else"):
+        await send_as(done.point)
 
 
 async def test_the_repository_outlives_its_target(tmp_path, library, nursery):

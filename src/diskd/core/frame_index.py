@@ -7,15 +7,23 @@ frame from that point's own file, compare, take the part that is wanted.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Final
+from itertools import pairwise
+from typing import Final, TypeAlias
 
 import attrs
 import numpy as np
 import numpy.typing as npt
+from blake3 import blake3
 
+from daemonkit.units import SIZE_BYTES_MAX
 from diskd.core.stream import (
+    DATA_BYTES_MAX,
+    DIGEST_BYTES,
+    FRAME,
+    HEADER_BYTES_MAX,
+    PREFIX,
+    SECTOR_BYTES,
     ExportHeader,
-    Frame,
     FrameHeader,
     FrameKind,
     StreamAborted,
@@ -25,18 +33,30 @@ from diskd.core.stream import (
 )
 from diskd.errors import Damaged
 
-_PORTION: Final = 1 << 20
+# A frame of the stream (stream.FRAME) as numpy sees it: an index of millions of frames is parsed at once.
+_ROW: Final = np.dtype(
+    [
+        ("kind", "u1"),
+        ("reserved", "u1"),
+        ("disk", ">u2"),
+        ("number", ">u4"),
+        ("offset", ">u8"),
+        ("length", ">u8"),
+        ("digest", "u1", (DIGEST_BYTES,)),
+    ]
+)
+Rows: TypeAlias = npt.NDArray[np.void]
 
 
 @attrs.frozen(eq=False)
 class DiskFrames:
-    """One disk's frames in one point, in order."""
+    """One disk's frames in one point, in order; a row of ``digests`` is a frame's digest."""
 
     size_bytes: int
     starts: npt.NDArray[np.int64]
     lengths: npt.NDArray[np.int64]
     kinds: npt.NDArray[np.uint8]
-    digests: list[bytes]
+    digests: npt.NDArray[np.uint8]
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -49,7 +69,7 @@ class DiskFrames:
             number,
             int(self.starts[number]),
             int(self.lengths[number]),
-            self.digests[number],
+            self.digests[number].tobytes(),
         )
 
     def covering(self, offset: int, end: int) -> Iterator[int]:
@@ -72,58 +92,73 @@ class Index:
     disks: dict[str, DiskFrames]
 
 
-class IndexReader:
-    """Feed the bytes of an index file, then ``finish``."""
-
-    def __init__(self) -> None:
-        self._decoder = StreamDecoder(payloads=False)
-        self._header: ExportHeader | None = None
-        self._trailer: Trailer | None = None
-        self._frames: list[list[FrameHeader]] = []
-
-    def feed(self, data: bytes) -> None:
-        """Raises Damaged."""
-        try:
-            self._decoder.feed(data)
-            while (event := self._decoder.next_event()) is not None:
-                if isinstance(event, Frame):
-                    self._frames[event.header.disk].append(event.header)
-                elif isinstance(event, ExportHeader):
-                    self._header = event
-                    self._frames = [[] for _ in event.disks]
-                else:
-                    self._trailer = event
-        except (StreamError, StreamAborted) as error:
-            raise Damaged(f"the index is damaged: {error}") from error
-
-    def finish(self) -> Index:
-        """Raises Damaged for an index that is not complete."""
-        if self._header is None or self._trailer is None:
-            raise Damaged("the index is not complete")
-        disks = {
-            disk.name: _arrays(disk.size_bytes, frames)
-            for disk, frames in zip(self._header.disks, self._frames, strict=True)
-        }
-        return Index(self._header, self._trailer, disks)
+def parse_index(data: bytes) -> Index:
+    """A whole index file. The same rules as for a stream (stream.StreamDecoder). Raises Damaged."""
+    decoder = StreamDecoder(payloads=False)
+    try:
+        decoder.feed(data[: PREFIX.size + HEADER_BYTES_MAX])
+        header = decoder.next_event()
+    except (StreamError, StreamAborted) as error:
+        raise _damaged(str(error)) from error
+    start = len(decoder.opening)
+    if not isinstance(header, ExportHeader) or (len(data) - start) % FRAME.size or len(data) == start:
+        raise _damaged("it is not complete")
+    rows = np.frombuffer(data, dtype=_ROW, offset=start)
+    frames = rows[:-1]
+    _check_frames(header, frames)
+    bounds = np.searchsorted(frames["disk"], np.arange(len(header.disks) + 1))
+    places = (start + bounds * FRAME.size).tolist()
+    trailer = Trailer(
+        len(frames),
+        int(frames["length"][frames["kind"] == FrameKind.DATA].sum()),
+        blake3(memoryview(data)[: places[-1]]).digest(),
+        [blake3(memoryview(data)[one:two]).digest() for one, two in pairwise(places)],
+    )
+    if data[places[-1] :] != trailer.pack():
+        raise _damaged("the whole digest does not match")
+    parts = [
+        _frames_of(disk.size_bytes, frames[one:two])
+        for disk, (one, two) in zip(header.disks, pairwise(bounds.tolist()), strict=True)
+    ]
+    return Index(header, trailer, dict(zip([disk.name for disk in header.disks], parts, strict=True)))
 
 
-def _arrays(size_bytes: int, frames: Sequence[FrameHeader]) -> DiskFrames:
+def _check_frames(header: ExportHeader, frames: Rows) -> None:
+    disks = frames["disk"].astype(np.int64)
+    if (disks >= len(header.disks)).any() or (np.diff(disks) < 0).any():
+        raise _damaged("its disks are out of order")
+    if max(frames["offset"].max(initial=0), frames["length"].max(initial=0)) > SIZE_BYTES_MAX:
+        raise _damaged("a range is outside its disk")
+    offsets, lengths = frames["offset"].astype(np.int64), frames["length"].astype(np.int64)
+    ends = offsets + lengths
+    sizes = np.array([disk.size_bytes for disk in header.disks], dtype=np.int64)
+    is_data = frames["kind"] == FrameKind.DATA
+    facts = [
+        (frames["number"] == np.arange(len(frames))).all(),
+        not frames["reserved"].any(),
+        np.isin(frames["kind"], (FrameKind.DATA, FrameKind.ZERO, FrameKind.HOLE)).all(),
+        (lengths > 0).all() and (ends <= sizes[disks]).all(),
+        not (offsets % SECTOR_BYTES).any() and not (lengths % SECTOR_BYTES).any(),
+        ((np.diff(disks) > 0) | (offsets[1:] >= ends[:-1])).all(),
+        (lengths[is_data] <= DATA_BYTES_MAX).all(),
+        not frames["digest"][~is_data].any(),
+    ]
+    if not all(facts):
+        raise _damaged("its frames are out of order or out of bounds")
+
+
+def _frames_of(size_bytes: int, frames: Rows) -> DiskFrames:
     return DiskFrames(
         size_bytes,
-        np.array([frame.offset for frame in frames], dtype=np.int64),
-        np.array([frame.length for frame in frames], dtype=np.int64),
-        np.array([frame.kind for frame in frames], dtype=np.uint8),
-        [frame.digest for frame in frames],
+        frames["offset"].astype(np.int64),
+        frames["length"].astype(np.int64),
+        frames["kind"].copy(),
+        frames["digest"].copy(),
     )
 
 
-def parse_index(data: bytes) -> Index:
-    """A whole index at once. Raises Damaged."""
-    reader = IndexReader()
-    view = memoryview(data)
-    for start in range(0, len(view), _PORTION):
-        reader.feed(bytes(view[start : start + _PORTION]))
-    return reader.finish()
+def _damaged(reason: str) -> Damaged:
+    return Damaged(f"the index is damaged: {reason}")
 
 
 @attrs.frozen

@@ -59,6 +59,7 @@ class Qcow2Reader:
         self._entries: Final = self.header.cluster_bytes // 8
         assert self.header.l1_entries * 8 <= L1_BYTES_MAX
         self._l1 = self._table(self.header.l1_offset, self.header.l1_entries)
+        self._present = np.flatnonzero(self._l1)
         self._tables: OrderedDict[int, npt.NDArray[np.uint64]] = OrderedDict()
 
     def map(self, offset: int, length: int) -> Iterator[Mapped]:
@@ -71,6 +72,12 @@ class Qcow2Reader:
             stop = min(end, (index + 1) * span)
             l2 = self._l2(index)
             if l2 is None:
+                # All of a large hole at once.
+                following = int(np.searchsorted(self._present, index))
+                if following < len(self._present):
+                    stop = min(end, int(self._present[following]) * span)
+                else:
+                    stop = end
                 yield Mapped(offset, stop - offset, "absent", 0)
                 offset = stop
                 continue
@@ -93,19 +100,19 @@ class Qcow2Reader:
         used = np.zeros(total, dtype=np.uint8)
 
         def use(offsets: npt.NDArray[np.uint64]) -> None:
-            np.add.at(used, (offsets // cluster_bytes).astype(np.int64), 1)
-            if used.max(initial=0) > 1:
+            numbers = (offsets // cluster_bytes).astype(np.int64)
+            if used[numbers].any() or len(np.unique(numbers)) != len(numbers):
                 raise Damaged("a cluster is used twice")
+            used[numbers] = 1
 
         def use_range(offset: int, clusters: int) -> None:
             use(np.arange(clusters, dtype=np.uint64) * np.uint64(cluster_bytes) + np.uint64(offset))
 
         use_range(0, 1)
         use_range(self.header.l1_offset, -(-self.header.l1_entries * 8 // cluster_bytes))
-        for index in range(self.header.l1_entries):
+        for index in self._present.tolist():
             l2 = self._l2(index)
-            if l2 is None:
-                continue
+            assert l2 is not None
             use_range(int(self._l1[index]) & OFFSET_MASK, 1)
             data = l2[(l2 & np.uint64(ZERO_FLAG)) == 0]
             use(data[data != 0] & np.uint64(OFFSET_MASK))

@@ -13,15 +13,12 @@ import attrs
 from blake3 import blake3
 
 from daemonkit.durable import read_small_file
-from daemonkit.units import MiB
 from diskd.core.catalog import CONFIG, INDEX, DiskRecord, Manifest, backing_name
-from diskd.core.frame_index import DiskFrames, Index, IndexReader, Piece, resolve
+from diskd.core.frame_index import DiskFrames, Index, Piece, parse_index, resolve
 from diskd.core.inventory import CONFIG_BYTES_MAX
 from diskd.core.qcow2_reader import Qcow2Reader
 from diskd.core.stream import DATA_BYTES_MAX, FrameKind
 from diskd.errors import Damaged
-
-_PORTION = 1 * MiB
 
 
 @attrs.frozen(eq=False)
@@ -141,14 +138,11 @@ def open_point(directory: Path, chain: Sequence[Manifest], *, top: Path | None =
 def read_index(path: Path, manifest: Manifest) -> Index:
     """The index in a point's directory, checked against its manifest. Raises Damaged, OSError."""
     name = f"{manifest.vm}/{manifest.point}/{INDEX}"
-    reader = IndexReader()
-    with (path / INDEX).open("rb") as file:
-        try:
-            while data := file.read(_PORTION):
-                reader.feed(data)
-            index = reader.finish()
-        except Damaged as error:
-            raise Damaged(f"{name}: {error}") from error
+    data = (path / INDEX).read_bytes()
+    try:
+        index = parse_index(data)
+    except Damaged as error:
+        raise Damaged(f"{name}: {error}") from error
     if index.trailer.digest.hex() != manifest.export_digest:
         raise Damaged(f"{name}: is not the index of this point")
     digests = [digest.hex() for digest in index.trailer.disk_digests]
@@ -186,17 +180,20 @@ def _open_layer(
 
 def frames_of_view(view: ChainView, size_bytes: int) -> Iterator[tuple[int, bytes]]:
     """The data of a whole disk in frames on frame borders, ascending; what is not yielded reads as zeroes."""
-    for start in range(0, size_bytes, DATA_BYTES_MAX):
-        length = min(DATA_BYTES_MAX, size_bytes - start)
-        run: list[bytes] = []
-        run_start = start
-        for piece in view.pieces(start, length):
-            if piece.kind is FrameKind.DATA:
-                if not run:
-                    run_start = piece.offset
-                run.append(view.read_piece(piece))
-            elif run:
-                yield run_start, b"".join(run)
-                run = []
-        if run:
+    run: list[bytes] = []
+    run_start = run_end = 0
+    # In one go over the whole disk: what holds nothing costs nothing, however large the disk is.
+    for piece in view.pieces(0, size_bytes):
+        if piece.kind is not FrameKind.DATA:
+            continue
+        end = piece.offset + piece.length
+        crosses = (end - 1) // DATA_BYTES_MAX != run_start // DATA_BYTES_MAX
+        if run and (piece.offset != run_end or crosses):
             yield run_start, b"".join(run)
+            run = []
+        if not run:
+            run_start = piece.offset
+        run.append(view.read_piece(piece))
+        run_end = end
+    if run:
+        yield run_start, b"".join(run)

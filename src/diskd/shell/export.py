@@ -209,7 +209,9 @@ class ExportSession:
         while isinstance(first := await replies.next(), Working):
             pass
         if isinstance(first, Committed):
-            return self._check_committed(first, complete=False)
+            # It has the point already: the same one only if its digest is that of what would be sent.
+            await trio.to_thread.run_sync(self._digest_blocking, limiter=self._threads)
+            return self._check_committed(first)
         if not isinstance(first, Ready):
             raise StreamError("the target answered in an unknown order")
         self._window = max(first.window_bytes, BUFFER_BYTES)
@@ -225,7 +227,12 @@ class ExportSession:
                 self.may_have_committed = False
             raise
         assert self._committed is not None
-        return self._check_committed(self._committed, complete=True)
+        return self._check_committed(self._committed)
+
+    def _digest_blocking(self) -> None:
+        producer, buffer = Producer(self.prepared, self.encoder), bytearray(BUFFER_BYTES)
+        while producer.fill(buffer) is not None:
+            trio.from_thread.check_cancelled()
 
     async def _send_frames(self, stream: trio.abc.Stream) -> None:
         producer = Producer(self.prepared, self.encoder)
@@ -288,9 +295,8 @@ class ExportSession:
         await trio.sleep(LAST_WORDS_SECONDS)
         raise TargetLost("the connection to the target broke")
 
-    def _check_committed(self, reply: Committed, *, complete: bool) -> Committed:
-        expected = self.summary().digest.hex()
-        if reply.point != self.prepared.header.point or (complete and reply.digest != expected):
+    def _check_committed(self, reply: Committed) -> Committed:
+        if reply != Committed(self.prepared.header.point, self.summary().digest.hex()):
             raise StreamError("the target committed something else than was sent")
         return reply
 

@@ -30,6 +30,7 @@ from diskd.core.stream import (
     encode_reply,
 )
 from diskd.errors import Refused
+from diskd.shell.restore import open_part
 
 WINDOW_BYTES: Final = 8 << 20
 SILENCE_SECONDS_MAX: Final = 120.0
@@ -48,10 +49,7 @@ class _Output:
         if path is not None:
             if path.exists():
                 raise Refused(f"{path} exists already; give another -o")
-            self._temporary = path.with_name(f".{path.name}.part")
-            self._descriptor = os.open(
-                self._temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644
-            )
+            self._temporary, self._descriptor = open_part(path)
 
     def write(self, data: bytes | bytearray) -> None:
         view = memoryview(data)
@@ -66,9 +64,9 @@ class _Output:
 
     def close(self) -> None:
         if self._path is not None:
-            os.close(self._descriptor)
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self._temporary)
+            os.close(self._descriptor)
 
 
 async def export_image(

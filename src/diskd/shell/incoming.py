@@ -43,6 +43,10 @@ SYNC_BYTES: Final = 256 * MiB
 _INDEX_BUFFER_BYTES: Final = 1 * MiB
 
 
+class Uncertain(HoldfastError):
+    """Only the next look at the disk tells whether the point is committed: its source asks later (B3)."""
+
+
 class Incoming:
     """Takes the parts of one export stream in order. Any exception means: call ``discard``."""
 
@@ -98,6 +102,8 @@ class Incoming:
         else:
             self._writer.zero(header.offset, header.length)
         self._index_buffer += header.pack()
+        if len(self._index_buffer) >= _INDEX_BUFFER_BYTES:
+            self._flush_index()
         self.taken += 1
         self._unsynced += len(frame.data)
         if self._unsynced >= SYNC_BYTES:
@@ -122,9 +128,15 @@ class Incoming:
         return manifest
 
     def publish(self) -> None:
-        """The rename; after it has returned the point is committed and durable."""
+        """The rename; after it has returned the point is committed and durable. Raises Uncertain where the
+        point has its name, but that may not outlive a power loss."""
         self._files.publish(self._path, self._directory / self.header.point)
-        self._files.sync_directory(self._directory)
+        try:
+            self._files.sync_directory(self._directory)
+        except OSError as error:
+            raise Uncertain(
+                f"{self.header.vm}/{self.header.point} may be committed or not: {error}"
+            ) from error
 
     def discard(self) -> None:
         """Close and remove everything of it."""

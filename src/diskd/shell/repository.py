@@ -174,7 +174,10 @@ class Repository:
         temporary = directory / f"{INCOMING_PREFIX}{header.point}"
         if temporary.exists():
             self._files.remove_tree(temporary)
-        return Incoming(self._files, directory, temporary, header, opening, chain)
+        try:
+            return Incoming(self._files, directory, temporary, header, opening, chain)
+        except Damaged as error:
+            raise Damaged(f"the base cannot be built on: {error}; take a full backup: use --full") from error
 
     def verify(self, vm: str, point: str, poll: Poll) -> Verified:
         """Everything of one point re-read and compared."""

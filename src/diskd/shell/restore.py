@@ -6,6 +6,7 @@ that an interrupted restore leaves nothing that looks like a disk.
 """
 
 import contextlib
+import fcntl
 import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -25,6 +26,7 @@ from diskd.core.qcow2 import FULL_CLUSTER_BYTES
 from diskd.core.qcow2_writer import Qcow2Writer
 from diskd.core.stream import ExportHeader, Frame, FrameKind, StreamDecoder, StreamError, Trailer
 from diskd.errors import Refused
+from diskd.shell.files import punch
 
 DiskFormat = Literal["raw", "qcow2"]
 Progress = Callable[[int], None]
@@ -69,6 +71,29 @@ class Restored:
     data_bytes: int
 
 
+def open_part(final: Path) -> tuple[Path, int]:
+    """(path, descriptor) of the empty file that becomes ``final`` in the end; what an interrupted run left
+    there is taken over. Raises Refused where another process is just writing it, or has finished."""
+    temporary = final.with_name(f".{final.name}.part")
+    descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Between the opening and the lock, the other one may have given the file its name.
+        still_mine = temporary.exists() and temporary.stat().st_ino == os.fstat(descriptor).st_ino
+        if final.exists() or not still_mine:
+            if still_mine:
+                temporary.unlink()
+            raise Refused(f"{final} exists already; give another place")
+        os.ftruncate(descriptor, 0)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise Refused(f"{final} is just being written by another process") from None
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return temporary, descriptor
+
+
 class RestoreFiles:
     """Writes the parts of a full export into a directory; blocking. ``publish`` or ``discard`` at the end."""
 
@@ -83,6 +108,7 @@ class RestoreFiles:
         self._descriptors: list[int] = []
         self._disks: list[tuple[int, _DiskFile]] = []
         directory.mkdir(parents=True, exist_ok=True)
+        sync_directory(directory.parent)
         finals = [directory / f"{disk.name}.{disk_format}" for disk in header.disks]
         for path in (directory / CONFIG, *finals):
             if path.exists():
@@ -96,8 +122,7 @@ class RestoreFiles:
             raise
 
     def _create(self, final: Path) -> int:
-        temporary = final.with_name(f".{final.name}.part")
-        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+        temporary, descriptor = open_part(final)
         self._made.append((temporary, final))
         self._descriptors.append(descriptor)
         return descriptor
@@ -137,12 +162,12 @@ class RestoreFiles:
 
     def discard(self) -> None:
         """Close; remove what has no final name yet."""
-        while self._descriptors:
-            os.close(self._descriptors.pop())
         for temporary, _ in self._made:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
         self._made = []
+        while self._descriptors:
+            os.close(self._descriptors.pop())
 
 
 async def restore_point(
@@ -230,19 +255,28 @@ def apply_file(path: Path, raw: Path) -> ExportHeader:
     if len(header.disks) != 1:
         names = ", ".join(disk.name for disk in header.disks)
         raise Refused(f"{path} holds {len(header.disks)} disks ({names}); apply takes an export of one image")
-    disk = header.disks[0]
-    flags = os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT | os.O_EXCL if header.kind == "full" else 0)
+    if header.kind == "full":
+        if raw.exists():
+            raise Refused(f"{raw} exists already; a full is applied to a new file")
+        temporary, descriptor = open_part(raw)
+    else:
+        try:
+            descriptor = os.open(raw, os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise Refused(
+                f"{raw} does not exist; a differential is applied to the disk as of its base"
+            ) from None
+        temporary = None
     try:
-        descriptor = os.open(raw, flags, 0o644)
-    except FileExistsError:
-        raise Refused(f"{raw} exists already; a full is applied to a new file") from None
-    except FileNotFoundError:
-        raise Refused(f"{raw} does not exist; a differential is applied to the disk as of its base") from None
-    try:
-        os.ftruncate(descriptor, disk.size_bytes)
+        os.ftruncate(descriptor, header.disks[0].size_bytes)
         _apply_frames(path, descriptor)
         os.fsync(descriptor)
+        if temporary is not None:
+            os.rename(temporary, raw)
+            temporary = None
     finally:
+        if temporary is not None:
+            os.unlink(temporary)
         os.close(descriptor)
     sync_directory(raw.parent)
     return header
@@ -260,10 +294,5 @@ def _apply_frames(path: Path, descriptor: int) -> None:
                 if event.header.kind is FrameKind.DATA:
                     write_all(descriptor, event.data, event.header.offset)
                 else:
-                    _write_zeroes(descriptor, event.header.offset, event.header.length)
+                    punch(descriptor, event.header.offset, event.header.length)
     decoder.finish()
-
-
-def _write_zeroes(descriptor: int, offset: int, length: int) -> None:
-    for start in range(offset, offset + length, _RECEIVE_BYTES):
-        write_all(descriptor, bytes(min(_RECEIVE_BYTES, offset + length - start)), start)

@@ -49,7 +49,7 @@ from diskd.core.stream import (
     encode_reply,
 )
 from diskd.errors import Refused
-from diskd.shell.incoming import Incoming
+from diskd.shell.incoming import Incoming, Uncertain
 from diskd.shell.repository import Repository, full_of, open_repository
 
 T = TypeVar("T")
@@ -221,6 +221,10 @@ class Target:
             leaf = leaf_of(error)
             if not isinstance(leaf, _EXPECTED):
                 raise
+            if isinstance(leaf, Uncertain):
+                # No answer: "refused" would say that nothing of it is kept.
+                log.error("export.uncertain", peer=peer, reason=str(leaf))  # noqa: TRY400 - one line, no trace
+                return
             reason = "the source fell silent" if isinstance(leaf, trio.TooSlowError) else reason_of(leaf)
             log.warning("export.refused", peer=peer, reason=reason)
             await self._say_last(stream, RefusedReply(reason))
