@@ -44,6 +44,7 @@ VERSION: Final = 1
 REQUEST_BYTES_MAX: Final = 4 << 20
 REPLY_BYTES_MAX: Final = 16 << 20
 HANDSHAKE_SECONDS_MAX: Final = 5.0
+GREETING_SECONDS_MAX: Final = 10.0  # to connect and be greeted: a peer that says nothing is not one of ours
 SEND_SECONDS_MAX: Final = 30.0
 CONNECTIONS_MAX: Final = 256
 KEYS_MAX: Final = 2
@@ -101,7 +102,9 @@ class Registry:
 
     def find(self, name: object) -> tuple[Method[Any, Any], Handler]:
         if not isinstance(name, str) or name not in self._handlers:
-            raise ProtocolError(f"unknown method {str(name)[:80]!r}")
+            raise ProtocolError(
+                f"unknown method {str(name)[:80]!r}: this address is another daemon's, or of another version"
+            )
         return self._handlers[name]
 
 
@@ -428,23 +431,37 @@ class Client:
 async def connect(address: Address, *, key: bytes | None = None) -> AsyncIterator[Client]:
     """A client for the length of the ``async with``. Raises CallFailed where nobody (of ours) answers.
 
-    Timeouts are the caller's: wrap it in trio.fail_after.
+    Timeouts of calls are the caller's; that somebody greets at all is bounded here.
     """
     try:
-        stream = await trio.open_tcp_stream(address.host, address.port)
+        with trio.fail_after(GREETING_SECONDS_MAX):
+            stream = await trio.open_tcp_stream(address.host, address.port)
+    except trio.TooSlowError as error:
+        raise CallFailed(f"cannot connect to {address}: no answer in {GREETING_SECONDS_MAX:g} s") from error
     except OSError as error:
         raise CallFailed(f"cannot connect to {address}: {error.strerror or 'connection refused'}") from error
     connection = _Connection(stream, frame_bytes_max=REPLY_BYTES_MAX)
     try:
-        try:
-            greeting = await connection.receive()
-            if not isinstance(greeting, list) or len(greeting) != 3 or greeting[:2] != [GREETING, VERSION]:
-                raise ProtocolError("it does not speak this version of the control protocol")
-            if not isinstance(greeting[2], bytes):
-                raise ProtocolError("its challenge is not bytes")
-            await connection.send(["auth", _mac(key, greeting[2]) if key else b""])
-        except (ProtocolError, trio.BrokenResourceError, trio.TooSlowError, OSError) as error:
-            raise CallFailed(f"{address}: {error}") from error
+        await _greet(connection, address, key)
         yield Client(connection, address)
     finally:
         await trio.aclose_forcefully(stream)
+
+
+async def _greet(connection: _Connection, address: Address, key: bytes | None) -> None:
+    """The client's side of the handshake. Whatever else listens there is told apart here, or never."""
+    try:
+        with trio.fail_after(GREETING_SECONDS_MAX):
+            greeting = await connection.receive()
+            if not isinstance(greeting, list) or len(greeting) != 3 or greeting[:2] != [GREETING, VERSION]:
+                raise ProtocolError("no greeting of this version of the control protocol")
+            if not isinstance(greeting[2], bytes):
+                raise ProtocolError("its challenge is not bytes")
+            await connection.send(["auth", _mac(key, greeting[2]) if key else b""])
+    except trio.TooSlowError as error:
+        what = f"connected, but nobody greeted within {GREETING_SECONDS_MAX:g} s"
+        raise CallFailed(f"{address}: {what}: is it a control address, and its daemon alive?") from error
+    except ProtocolError as error:
+        raise CallFailed(f"{address}: not a control address of Holdfast: {error}") from error
+    except (trio.BrokenResourceError, OSError) as error:
+        raise CallFailed(f"{address}: the connection broke before a greeting: {error}") from error

@@ -2,11 +2,13 @@
 
 import contextlib
 import errno
+import socket
 from collections.abc import AsyncIterator
 
 import attrs
 import pytest
 import trio
+import trio.testing
 
 from daemonkit.codec import decode, encode
 from daemonkit.errors import OperatorError
@@ -117,7 +119,9 @@ async def test_a_defect_in_a_handler_is_an_answer_and_no_more() -> None:
 async def test_unknown_method_and_wrong_parameters() -> None:
     async with running() as (_, address):
         async with connect(address) as client:
-            with pytest.raises(CallFailed, match="unknown method 'missing'"):
+            with pytest.raises(
+                CallFailed, match="unknown method 'missing': this address is another daemon's"
+            ):
                 await client.call(MISSING, Text(""))
         async with connect(address) as client:
             with pytest.raises(CallFailed, match="expected str, found int"):
@@ -237,3 +241,32 @@ async def test_nobody_listens() -> None:
     with pytest.raises(CallFailed, match=f"cannot connect to {address}"):
         async with connect(address):
             pass
+
+
+async def test_a_peer_that_says_nothing_is_not_waited_for(autojump_clock: trio.testing.MockClock) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = Address("127.0.0.1", silent.getsockname()[1])
+        with pytest.raises(CallFailed, match="nobody greeted within 10 s: is it a control address"):
+            async with connect(address):
+                pass
+
+
+@pytest.mark.parametrize(
+    "noise",
+    [b"NBDMAGICIHAVEOPT\0\3", b"HTTP/1.1 400 Bad Request\r\n\r\n", frame(encode(["other", 1, b""])), b""],
+    ids=["nbd", "http", "greeting", "closed"],
+)
+async def test_another_kind_of_server_is_named_as_such(noise: bytes) -> None:
+    async with trio.open_nursery() as nursery:
+        listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
+
+        async def talk(stream: trio.SocketStream) -> None:
+            await stream.send_all(noise)
+            await stream.aclose()
+
+        nursery.start_soon(trio.serve_listeners, talk, listeners)
+        address = Address("127.0.0.1", listeners[0].socket.getsockname()[1])
+        with pytest.raises(CallFailed, match=f"{address}: (not a control address|the connection broke)"):
+            async with connect(address):
+                pass
+        nursery.cancel_scope.cancel()
