@@ -152,14 +152,14 @@ def _check_node(table: _NodeTable, base: Path) -> NodeConfig:
     return NodeConfig(
         name=check_name(table.name, "name"),
         cluster=check_name(table.cluster, "cluster"),
-        key_files=tuple(base / name for name in table.key_files),
+        key_files=tuple(_path(base, name, "key_files") for name in table.key_files),
         control=_address(table.control, "control"),
         store=_check_store(table.store),
         memory_bytes=_size(table.memory, "memory"),
         vcpus=table.vcpus,
-        data_dir=base / table.data_dir,
+        data_dir=_path(base, table.data_dir, "data_dir"),
         networks=networks,
-        boot_id_file=base / table.boot_id_file,
+        boot_id_file=_path(base, table.boot_id_file, "boot_id_file"),
         reference_addresses=tuple(_reference(text) for text in table.reference_addresses),
         peers=_check_peers(table, networks),
         diskd={
@@ -206,6 +206,13 @@ def _check_store(urls: list[str]) -> tuple[str, ...]:
         if not good:
             raise Refused(f"store: {url!r} is not an address like http://127.0.0.1:2379")
     return tuple(urls)
+
+
+def _path(base: Path, text: str, where: str) -> Path:
+    """Relative to the file that names it. Empty would quietly mean that file's own directory."""
+    if not text or "\0" in text:
+        raise Refused(f"{where}: {text!r} is not a path")
+    return base / text
 
 
 def _address(text: str, where: str) -> Address:

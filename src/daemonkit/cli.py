@@ -53,6 +53,10 @@ def run_main(command: click.Command) -> NoReturn:
         code = command.main(standalone_mode=False)
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
+    except click.exceptions.NoArgsIsHelpError as error:
+        # A group without a verb: what it can do, as it is laid out, and still the exit code of wrong usage.
+        print(error.format_message(), file=sys.stderr)
+        sys.exit(2)
     except click.UsageError as error:
         usage = f" ({error.ctx.command_path} --help tells more)" if error.ctx else ""
         _die(error.format_message() + usage, 2)
@@ -90,8 +94,10 @@ def _leaves(error: BaseException) -> list[BaseException]:
 
 
 def _die(message: str, code: int) -> NoReturn:
-    program = Path(sys.argv[0]).name
-    print(f"{program}: {' '.join(message.split())}", file=sys.stderr)
+    program = Path(sys.argv[0])
+    # `python -m holdfast.bench` runs .../holdfast/bench/__main__.py: the package is the program's name.
+    name = ".".join(program.parts[-3:-1]) if program.stem == "__main__" else program.name
+    print(f"{name}: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(code)
 
 

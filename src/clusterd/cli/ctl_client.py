@@ -12,7 +12,7 @@ import trio
 from clusterd.core.calls import STATUS, Nothing
 from clusterd.core.status import choose_status
 from daemonkit.cli import CALL_SECONDS_MAX, read_key, run_async
-from daemonkit.errors import UsageError
+from daemonkit.errors import OperatorError, UsageError
 from daemonkit.methods import Method
 from daemonkit.ports import Address
 from daemonkit.rpc import CallFailed, connect
@@ -90,7 +90,11 @@ def find_cluster(nodes: tuple[str, ...], key_file: str | None) -> Cluster:
     texts = list(nodes) or [text for text in re.split(r"[\s,]+", os.environ.get("HOLDFAST_NODE", "")) if text]
     if not texts:
         raise UsageError("which node? give --node HOST:PORT, or set HOLDFAST_NODE")
-    return Cluster(tuple(Address.parse(text) for text in texts), read_key(key_file))
+    try:
+        addresses = tuple(Address.parse(text) for text in texts)
+    except OperatorError as error:
+        raise UsageError(f"--node or HOLDFAST_NODE: {error}") from error
+    return Cluster(addresses, read_key(key_file))
 
 
 def cluster_of(context: click.Context) -> Cluster:

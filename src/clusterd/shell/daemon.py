@@ -97,8 +97,11 @@ def _boot_id(path: Path) -> str:
 
 @contextlib.contextmanager
 def _claimed(data_dir: Path) -> Iterator[None]:
-    data_dir.mkdir(parents=True, exist_ok=True)
-    lock = lock_file(data_dir / "lock")
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+        lock = lock_file(data_dir / "lock")
+    except OSError as error:
+        raise OperatorError(f"data_dir {data_dir}: cannot be used: {error.strerror}") from error
     try:
         yield
     finally:

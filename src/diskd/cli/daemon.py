@@ -71,6 +71,8 @@ def run(
         return
     if not root.is_dir():
         raise OperatorError(f"{root}: no such directory; make it first (an unmounted disk looks the same)")
+    if settings.shared_dir is not None and not Path(settings.shared_dir).is_dir():
+        raise OperatorError(f"shared_dir {settings.shared_dir}: no such directory; name one on a tmpfs")
     from diskd.shell.daemon import Listen, run_daemon
 
     keys = [key for file in key_files or (None,) if (key := read_key(file)) is not None]

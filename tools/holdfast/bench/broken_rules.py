@@ -15,7 +15,7 @@ from pathlib import Path
 import click
 
 from daemonkit.cli import run_main
-from daemonkit.errors import OperatorError
+from daemonkit.errors import OperatorError, UsageError
 from holdfast.bench.breaks import BREAKS, Break
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -63,6 +63,9 @@ def run_tests(break_: Break, tree: Path) -> tuple[bool, str]:
 @click.option("--list", "only_list", is_flag=True, help="Show the breaks and what each does.")
 def main(names: tuple[str, ...], only_list: bool) -> None:
     """Break rules on purpose (all of them, or NAMES) and report which test caught each."""
+    unknown = sorted(set(names) - {break_.name for break_ in BREAKS})
+    if unknown:
+        raise UsageError(f"no break is called {', '.join(unknown)}: --list shows them")
     chosen = [break_ for break_ in BREAKS if not names or break_.name in names]
     if only_list:
         for break_ in chosen:

@@ -1,6 +1,5 @@
 """``python -m holdfast.checker``: was any acknowledged record lost, did two owners ever write at once?"""
 
-import argparse
 import json
 import sys
 from typing import Final
@@ -8,6 +7,7 @@ from typing import Final
 from holdfast.checker.disk import open_disk
 from holdfast.checker.verdict import Verdict, judge
 from holdfast.guest.acks import ACKS_BYTES_MAX, AcksError, parse_acks
+from holdfast.guest.command_line import OneLineParser, describe_os_error
 from holdfast.guest.journal import JournalError
 from holdfast.guest.nbd import NbdError
 
@@ -38,7 +38,7 @@ def describe(verdict: Verdict) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="holdfast.checker",
         description="Compares a guest's acknowledgements with its disk.",
         epilog="Exit codes: 0 nothing lost and no overlap, 1 otherwise or failed, 2 usage.",
@@ -50,7 +50,8 @@ def main() -> int:
     try:
         verdict = check(given.acks, given.disk)
     except (AcksError, JournalError, NbdError, OSError, ValueError) as error:
-        print(f"holdfast.checker: {error}", file=sys.stderr)
+        reason = describe_os_error(error) if isinstance(error, OSError) else str(error)
+        print(f"holdfast.checker: {reason}", file=sys.stderr)
         return EXIT_BAD
     print(json.dumps(verdict.as_json(), indent=2) if given.json else describe(verdict))
     return 0 if verdict.is_good else EXIT_BAD

@@ -1,12 +1,12 @@
 """``python -m holdfast.guest``: the journal guest, a VM worth protecting, run by the ``process`` driver."""
 
-import argparse
 import re
 import signal
 import sys
 from types import FrameType
 from typing import Final
 
+from holdfast.guest.command_line import OneLineParser, describe_os_error
 from holdfast.guest.journal import NODE_BYTES_MAX, JournalError
 from holdfast.guest.nbd import Fenced, parse_uri
 from holdfast.guest.run import EXIT_FENCED, Settings, run_guest, say
@@ -25,7 +25,7 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 
 def _parse() -> Settings:
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="holdfast.guest",
         description="Keeps a journal on an NBD disk: every record is written, flushed, then counted in "
         "the file of acknowledgements. Continues where the journal ends; reconnects for ever.",
@@ -77,8 +77,11 @@ def main() -> int:
     except Fenced as error:
         say(f"fenced: {error}")
         return EXIT_FENCED
-    except (JournalError, OSError) as error:
+    except JournalError as error:
         say(str(error))
+        return 1
+    except OSError as error:
+        say(describe_os_error(error))
         return 1
     return 0
 

@@ -12,6 +12,7 @@ import os
 from typing import Final, Literal, NamedTuple
 
 ACKS_BYTES_MAX: Final = 1 << 30
+LINE_BYTES_MAX: Final = 256  # a kind, a node's name and three numbers
 Kind = Literal["ack", "refused"]
 
 
@@ -42,7 +43,9 @@ class AcksFile:
 
 def parse_acks(data: bytes) -> list[Line]:
     """The lines, in the file's order. A last line without its end is one that is still being written."""
-    whole, _, _ = data.rpartition(b"\n")
+    whole, _, torn = data.rpartition(b"\n")
+    if len(torn) > LINE_BYTES_MAX:
+        raise AcksError("the acknowledgements end in what is no line of a guest")
     return [_parse_line(number, text) for number, text in enumerate(whole.split(b"\n"), 1) if text]
 
 

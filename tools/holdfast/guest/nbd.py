@@ -111,7 +111,7 @@ class NbdClient:
         try:
             self._socket = socket.create_connection((host, port), timeout=HANDSHAKE_SECONDS_MAX)
         except OSError as error:
-            raise ConnectionLost(f"cannot connect to {host}:{port}: {error}") from error
+            raise ConnectionLost(f"cannot connect to {host}:{port}: {error.strerror or error}") from error
         try:
             self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self.size_bytes, self._flags = self._negotiate()
