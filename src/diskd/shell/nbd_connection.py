@@ -14,7 +14,6 @@ its replies (ESHUTDOWN among them) are sent, then the socket is closed; all that
 
 import errno
 import itertools
-import select
 import socket
 import time
 from collections import deque
@@ -43,16 +42,9 @@ BATCH_BYTES_MAX: Final = 1 * MiB
 BATCH_SECONDS_MAX: Final = 0.002
 # Long enough for replies to a live peer, short enough that a dead one does not hold up fencing.
 DROP_SECONDS_MAX: Final = 2.0
-# How long a connection waits for the next request before it leaves the loop to others: a client that sends
-# one request at a time needs some 30 µs between a reply and the next one.
-LINGER_SECONDS: Final = 0.000_1
-# So many requests must have come in time, one after another and to one connection, before it lingers.
-_STREAK_MIN: Final = 4
 # From this size on a read's buffer is used again; the spare ones of a connection, at most.
 _REUSED_BYTES_MIN: Final = 64 << 10
 _SPARE_MAX: Final = 4
-# select(2) knows no descriptors from here on.
-_SELECT_MAX: Final = 1024
 # sendmsg refuses more buffers than this in one call (IOV_MAX).
 _BUFFERS_MAX: Final = 1024
 
@@ -69,40 +61,11 @@ class ReadsInto(Protocol):
     def read_into_nowait(self, offset: int, buffer: bytearray) -> bool: ...
 
 
-class Attention:
-    """Which connection of a server may linger: wait for its next request by itself, without the scheduler.
-
-    A pass through the scheduler costs about as much as serving a small request, so the client that keeps one
-    request in flight gains half of its time. But the whole loop waits meanwhile: only the connection that was
-    served alone of late may do it, for LINGER_SECONDS at a time, as long as its requests do come in time,
-    and never beyond BATCH_SECONDS_MAX without letting others run.
-    """
-
-    def __init__(self) -> None:
-        self._last: object = None
-        self._streak = 0
-
-    def arrived(self, connection: object) -> None:
-        """The scheduler woke this connection for a request."""
-        self._streak = self._streak + 1 if self._last is connection else 0
-        self._last = connection
-
-    def may_linger(self, connection: object) -> bool:
-        return self._streak >= _STREAK_MIN and self._last is connection
-
-    def lingered(self, *, came: bool) -> None:
-        if not came:
-            self._streak = 0
-
-
 class Connection:
     """``run`` serves it to its end. ``reason`` says afterwards why it ended."""
 
-    def __init__(
-        self, sock: socket.socket, peer: str, catalog: ExportCatalog, attention: Attention | None = None
-    ) -> None:
+    def __init__(self, sock: socket.socket, peer: str, catalog: ExportCatalog) -> None:
         """``sock`` is a plain one that does not block: trio's would pass the scheduler on every call."""
-        self._attention = attention or Attention()
         self._socket = sock
         self._peer = peer
         self._catalog = catalog
@@ -316,9 +279,8 @@ class Connection:
                 return
             if session.has_output and not self._send_nowait():
                 await self._flush()
-            if not (self._receive_nowait() or (self._linger() and self._receive_nowait())):
+            if not self._receive_nowait():
                 await trio.lowlevel.wait_readable(self._socket)
-                self._attention.arrived(self)
                 self._breathe_at = time.perf_counter() + BATCH_SECONDS_MAX
             elif time.perf_counter() >= self._breathe_at:
                 await self._breathe()
@@ -328,15 +290,6 @@ class Connection:
         await self._flush()
         await trio.lowlevel.checkpoint()
         self._breathe_at = time.perf_counter() + BATCH_SECONDS_MAX
-
-    def _linger(self) -> bool:
-        """Wait a moment for the next request, outside the scheduler: True if it has come (``Attention``)."""
-        if self._in_flight or not self._attention.may_linger(self):
-            return False
-        descriptor = self._socket.fileno()
-        ready = descriptor < _SELECT_MAX and select.select((descriptor,), (), (), LINGER_SECONDS)[0]
-        self._attention.lingered(came=bool(ready))
-        return bool(ready)
 
     def _serve_in_place(self, request: Request, device: Device) -> bool:
         """True when the request has been answered."""

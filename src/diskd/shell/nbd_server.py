@@ -18,7 +18,7 @@ import trio
 from daemonkit.errors import InvariantBroken, OperatorError
 from daemonkit.ports import Address
 from diskd.core.ports import ExportCatalog
-from diskd.shell.nbd_connection import DROP_SECONDS_MAX, Attention, Connection
+from diskd.shell.nbd_connection import DROP_SECONDS_MAX, Connection
 
 # Each takes two file descriptors at most and, when busy, IN_FLIGHT_BYTES_MAX of memory.
 CONNECTIONS_MAX: Final = 512
@@ -35,7 +35,6 @@ class NbdServer:
         self._catalog = catalog
         self._connections: set[Connection] = set()
         self._connections_max = connections_max
-        self._attention = Attention()
         self._changed = trio.Event()
 
     @property
@@ -84,7 +83,7 @@ class NbdServer:
                 log.warning("nbd.too_many_connections", peer=peer, limit=self._connections_max)
                 return
             _tune(sock)
-            connection = Connection(sock, peer, self._catalog, self._attention)
+            connection = Connection(sock, peer, self._catalog)
             self._connections.add(connection)
             try:
                 await connection.run()
