@@ -9,6 +9,7 @@ import contextlib
 import secrets
 import time
 from collections.abc import Container, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -16,24 +17,21 @@ import structlog
 import trio
 
 from daemonkit.diskd_api import BackupDisk
-from daemonkit.durable import sync_directory
 from daemonkit.errors import HoldfastError
 from daemonkit.units import SECOND
 from diskd.core import checkpoint
 from diskd.core.checkpoint import Record, RecordDisk
 from diskd.core.inventory import (
-    CONFIG_BYTES_MAX,
-    DISKS_MAX,
     CheckpointInfo,
     HeldBy,
     Outcome,
-    check_name,
 )
 from diskd.errors import NoSuchPoint, Refused
-from diskd.shell.files import Files
+from diskd.shell.checkpoint_records import load_records, make_directory
 from diskd.shell.forks import Forks, left_behind
 from diskd.shell.frozen import FrozenImage
-from diskd.shell.held import Held, Invalidate, StandingCheckpoint, describe
+from diskd.shell.held import Held, Invalidate, StandingCheckpoint, check_request, describe, refuse_standing
+from diskd.shell.insistence import Action, Insistence
 from diskd.shell.open_image import OpenImage
 from diskd.shell.overlay import OverlayLayer
 
@@ -61,6 +59,7 @@ class Checkpoints:
         self._resume_timeout_ns = resume_timeout_ns
         self._forks = forks
         self._nursery = nursery_that_outlives_calls
+        self._insistence = Insistence(nursery_that_outlives_calls=nursery_that_outlives_calls)
         self._held: dict[str, Held] = {}
         self._beginning: dict[str, str] = {}  # "vm NAME" and "image NAME": checkpoint id
         self._changed = trio.Event()
@@ -117,16 +116,19 @@ class Checkpoints:
         self, vm: str, disks: list[BackupDisk], config: str, held_by: HeldBy, target: str | None
     ) -> StandingCheckpoint:
         """Library.begin_checkpoint."""
-        images = self._check_request(vm, disks, config)
+        images = check_request(self._images, vm, disks, config)
         identifier = f"cp-{secrets.token_hex(8)}"
         claims = [f"vm {vm}", *(f"image {name}" for name in images)]
         for claim in claims:
             if claim in self._beginning:
                 raise Refused(f"checkpoint {self._beginning[claim]} of {claim} is just beginning")
-        self._refuse_standing(vm, images)
+        refuse_standing(self._held.values(), vm, images)
         self._beginning.update(dict.fromkeys(claims, identifier))
         try:
             while any(image.overlay is not None for image in images.values()):
+                for name, image in images.items():
+                    if image.stuck is not None:
+                        raise Refused(f"image {name} cannot be merged: {image.stuck}; reopen it")
                 await self._changed.wait()
             return await self._begin(identifier, vm, disks, config, held_by, target, images)
         except OSError as error:
@@ -134,32 +136,6 @@ class Checkpoints:
         finally:
             for claim in claims:
                 del self._beginning[claim]
-
-    def _check_request(self, vm: str, disks: list[BackupDisk], config: str) -> dict[str, OpenImage]:
-        check_name("a VM", vm)
-        if not 0 < len(disks) <= DISKS_MAX:
-            raise Refused(f"a checkpoint has 1 to {DISKS_MAX} disks")
-        if len(config.encode()) > CONFIG_BYTES_MAX:
-            raise Refused(f"the VM's configuration is larger than {CONFIG_BYTES_MAX} bytes")
-        images: dict[str, OpenImage] = {}
-        for disk in disks:
-            check_name("a disk", disk.name)
-            if disk.image not in self._images:
-                raise Refused(f"there is no open image {disk.image!r}")
-            images[disk.image] = self._images[disk.image]
-        if len(images) != len(disks) or len({disk.name for disk in disks}) != len(disks):
-            raise Refused("every disk of a checkpoint has a name and an image of its own")
-        return dict(sorted(images.items()))  # one order for all, so that two holds cannot wait for each other
-
-    def _refuse_standing(self, vm: str, images: Mapping[str, OpenImage]) -> None:
-        for held in self._held.values():
-            if held.record.is_standing and (
-                held.record.vm == vm or not images.keys().isdisjoint(held.images)
-            ):
-                raise Refused(
-                    f"checkpoint {held.record.checkpoint} of VM {held.record.vm} is held "
-                    f"({held.record.held_by}): end it first (diskctl checkpoint end {held.record.checkpoint})"
-                )
 
     async def _begin(
         self,
@@ -183,7 +159,7 @@ class Checkpoints:
             [RecordDisk(disk.name, disk.image, uuids[disk.image]) for disk in disks],
             target=target,
         )
-        held = Held(record, await self._make_directory(identifier), images)
+        held = Held(record, await make_directory(self._directory, identifier), images)
         self._held[identifier] = held
         try:
             await held.files.run(checkpoint.reserve())
@@ -203,16 +179,6 @@ class Checkpoints:
             raise
         log.info("checkpoint.sealed", checkpoint=identifier, vm=vm, point=record.point)
         return StandingCheckpoint(self, held)
-
-    async def _make_directory(self, identifier: str) -> Files:
-        path = self._directory / identifier
-
-        def make() -> None:
-            path.mkdir()
-            sync_directory(self._directory)
-
-        await trio.to_thread.run_sync(make)
-        return Files(path)
 
     async def _fork(self, held: Held) -> None:
         """AVHDs, maps and bitmaps first; then the cut of all disks in one step under the hold."""
@@ -247,12 +213,15 @@ class Checkpoints:
                 await image.image.cancel_cut()
         async with held.lock:
             ended = checkpoint.advance(held.record, "end", "discard")
-            with contextlib.suppress(OSError):
-                await held.files.run(checkpoint.persist(ended))
-            held.record = ended
+            try:
+                await self._persist(held, ended)
+            except OSError:
+                with contextlib.suppress(OSError):
+                    await self._flag(held)
+                held.record = ended
             self._start_merging(held, "the checkpoint could not begin")
         with contextlib.suppress(OSError, HoldfastError):
-            await self._settle(held)
+            await self._insist(held, partial(self._settle, held))
 
     # --- invalidation (B2) -----------------------------------------------------------------------------
 
@@ -260,12 +229,17 @@ class Checkpoints:
         async def invalidate(reason: str) -> None:
             async with held.lock:
                 if held.record.is_standing and not held.invalid:
-                    await held.files.run(checkpoint.invalidate(held.record))
-                    held.invalid = True
+                    await self._flag(held)
                     log.warning("checkpoint.invalid", checkpoint=held.record.checkpoint, reason=reason)
                 self._start_merging(held, reason)
 
         return invalidate
+
+    async def _flag(self, held: Held) -> None:
+        if not held.invalid:
+            with trio.CancelScope(shield=True):
+                await held.files.run(checkpoint.invalidate(held.record))
+            held.invalid = True
 
     def _start_merging(self, held: Held, reason: str) -> None:
         """The frozen view has ended, durably: parents may change."""
@@ -280,17 +254,24 @@ class Checkpoints:
             self._nursery.start_soon(self._merge, held, image, overlay)
 
     async def _merge(self, held: Held, image: OpenImage, overlay: OverlayLayer) -> None:
+        if await self.merge_image(image, overlay):
+            held.merging.discard(image.name)
+            with contextlib.suppress(OSError):
+                await self._insist(held, partial(self._finish, held))
+
+    async def merge_image(self, image: OpenImage, overlay: OverlayLayer) -> bool:
+        """True when the image is on its parent alone and the AVHD is gone."""
         try:
-            await self.merge_image(image, overlay)
+            await self._merge_whole(image, overlay)
         except (OSError, HoldfastError) as error:
             # The entries stand and the AVHD is read on; the next start of the image merges again.
-            log.error("merge.failed", image=image.name, reason=str(error))  # noqa: TRY400 - one line, no trace
-            return
-        held.merging.discard(image.name)
-        await self._finish(held)
+            image.stuck = str(error)
+            log.error("merge.failed", image=image.name, reason=image.stuck)  # noqa: TRY400 - one line, no trace
+            self._notify()
+            return False
+        return True
 
-    async def merge_image(self, image: OpenImage, overlay: OverlayLayer) -> None:
-        """Return when the image is on its parent alone and the AVHD is gone."""
+    async def _merge_whole(self, image: OpenImage, overlay: OverlayLayer) -> None:
         while True:
             await overlay.run_merge()
             async with image.image.held():
@@ -310,13 +291,27 @@ class Checkpoints:
         if held.record.is_pending and outcome != "pending":  # the operator's word, for a target that is gone
             await self.settle(held.record.vm, held.record.point, committed=outcome == "keep")
             return
+        try:
+            await self._insist(held, partial(self._end, held, outcome))
+        except OSError as error:
+            raise Refused(f"the end of checkpoint {identifier} cannot be recorded: {error}") from error
+
+    async def _end(self, held: Held, outcome: Outcome) -> None:
+        """Raises OSError: then its frozen view has ended all the same, so that its space comes back (B2)."""
         async with held.lock:
             if held.record.state == "preparing":
-                raise Refused(f"checkpoint {identifier} is still beginning")
-            if held.record.state != "ending" or held.record.outcome != outcome:
-                await self._persist(held, checkpoint.advance(held.record, "end", outcome))
-            self._start_merging(held, "the checkpoint has ended")
-        await self._settle_for_sure(held)
+                raise Refused(f"checkpoint {held.record.checkpoint} is still beginning")
+            try:
+                if held.record.state != "ending" or held.record.outcome != outcome:
+                    await self._persist(held, checkpoint.advance(held.record, "end", outcome))
+            except OSError:
+                with trio.move_on_after(_UNDO_SECONDS, shield=True):
+                    await self._flag(held)
+                raise
+            finally:
+                if held.invalid or not held.record.is_standing:
+                    self._start_merging(held, "the checkpoint has ended")
+        await self._settle(held)
 
     async def settle(self, vm: str, point: str, *, committed: bool) -> None:
         """FrozenVm.settle. Raises Refused for a point that is not pending."""
@@ -326,26 +321,18 @@ class Checkpoints:
         else:
             raise Refused(f"point {point} of VM {vm} is not pending")
         outcome: Outcome = "keep" if committed else "discard"
-        async with held.lock:
-            await self._persist(held, checkpoint.advance(held.record, "settle", outcome))
-        await self._settle_for_sure(held)
+        try:
+            async with held.lock:
+                await self._persist(held, checkpoint.advance(held.record, "settle", outcome))
+            await self._insist(held, partial(self._settle, held))
+        except OSError as error:
+            raise Refused(f"the word on point {point} cannot be recorded: {error}") from error
 
-    async def _settle_for_sure(self, held: Held) -> None:
-        errors: list[Exception] = []
-        done = trio.Event()
+    async def _insist(self, held: Held, action: Action) -> None:
+        def is_hopeless() -> bool:
+            return any(image.image.failure is not None for image in held.images.values())
 
-        async def settle() -> None:
-            try:
-                await self._settle(held)
-            except (OSError, HoldfastError) as error:
-                errors.append(error)
-            finally:
-                done.set()
-
-        self._nursery.start_soon(settle)
-        await done.wait()
-        if errors:
-            raise Refused(f"checkpoint {held.record.checkpoint} cannot end: {errors[0]}") from errors[0]
+        await self._insistence.do(held.record.checkpoint, action, is_hopeless)
 
     async def _settle(self, held: Held) -> None:
         """Carry the outcome out on every image's points; done again after a crash."""
@@ -362,7 +349,8 @@ class Checkpoints:
             if held.record.state == "ending":
                 await self._persist(held, checkpoint.advance(held.record, "points_settled"))
                 log.info("checkpoint.ended", checkpoint=record.checkpoint, outcome=record.outcome)
-        await self._finish(held)
+        with contextlib.suppress(OSError):
+            await self._insist(held, partial(self._finish, held))
 
     async def _finish(self, held: Held) -> None:
         """Where nothing is left to merge, the record is: gone, or pending."""
@@ -418,20 +406,11 @@ class Checkpoints:
                 self._start_merging(owner, "the image was opened late")
         elif image.overlay is not None:
             image.overlay.start_merging()
-            self._nursery.start_soon(self._merge_orphan, image, image.overlay)
+            self._nursery.start_soon(self.merge_image, image, image.overlay)
 
     async def _load(self) -> list[Held]:
         found: list[Held] = []
-        for path in sorted(self._directory.iterdir()):
-            files = Files(path)
-            loaded = await files.run(checkpoint.load())
-            if loaded is None:  # begun, but its record never was; or gone, but for the directory
-                files.close()
-                for leftover in path.iterdir():
-                    leftover.unlink()
-                path.rmdir()
-                continue
-            record, invalid = loaded
+        for record, invalid, files in await load_records(self._directory):
             images = {
                 disk.image: self._images[disk.image]
                 for disk in record.disks
@@ -460,12 +439,20 @@ class Checkpoints:
                     held.disks[disk.name] = FrozenImage(image.image, image.overlay, held.record.point)
             self._nursery.start_soon(self._expire, held)
             return
+        action = partial(self._settle if held.record.state == "ending" else self._finish, held)
         if decision.end is not None:
-            await self._persist(held, checkpoint.advance(held.record, "end", decision.end))
-        self._start_merging(held, "the daemon was restarted")
-        if held.record.state == "ending":
-            await self._settle(held)
-        await self._finish(held)
+            action = partial(self._abandon, held, decision.end)
+        else:
+            self._start_merging(held, "the daemon was restarted")
+        with contextlib.suppress(OSError):  # what a full disk does not take is made up for
+            await self._insist(held, action)
+
+    async def _abandon(self, held: Held, outcome: Outcome) -> None:
+        if held.record.state == "preparing":
+            async with held.lock:
+                self._start_merging(held, "the checkpoint never came about")
+                await self._persist(held, checkpoint.advance(held.record, "end", outcome))
+        await (self._end(held, outcome) if held.record.is_standing else self._settle(held))
 
     def _merge_orphans(self) -> None:
         """AVHDs whose checkpoint has no record any more: nobody waits for them, but their bytes count."""
@@ -473,11 +460,7 @@ class Checkpoints:
             overlay = image.overlay
             if overlay is not None and overlay.head.checkpoint not in self._held:
                 overlay.start_merging()
-                self._nursery.start_soon(self._merge_orphan, image, overlay)
-
-    async def _merge_orphan(self, image: OpenImage, overlay: OverlayLayer) -> None:
-        with contextlib.suppress(OSError):  # a failed sync: the image answers EIO, and says why
-            await self.merge_image(image, overlay)
+                self._nursery.start_soon(self.merge_image, image, overlay)
 
     async def _expire(self, held: Held) -> None:
         await trio.sleep(self._resume_timeout_ns / SECOND)

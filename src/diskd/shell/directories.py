@@ -5,16 +5,21 @@ import shutil
 from pathlib import Path
 from typing import TypeVar
 
+import structlog
+
 from daemonkit import durable
 from daemonkit.errors import HoldfastError
-from diskd.core import lease
+from diskd.core import avhd, lease
 from diskd.core.geometry import IMAGE_TOML, RAW, Identity, decode_identity
-from diskd.core.inventory import ImageInfo
+from diskd.core.inventory import NAME_PATTERN, ImageInfo
 from diskd.core.lease import LeaseState
 from diskd.core.steps import Script
+from diskd.shell import live_map
 from diskd.shell.files import Files
+from diskd.shell.shared_memory import SharedDirectory
 
 T = TypeVar("T")
+log = structlog.get_logger()
 
 
 async def run_once(directory: Path, script: Script[T]) -> T:
@@ -69,18 +74,41 @@ def rename(old: Path, new: Path) -> None:
     durable.sync_directory(new.parent)
 
 
-def delete(path: Path) -> None:
+def delete(path: Path, shared_dir: Path) -> None:
     """The name goes first, durably."""
     gone = path.with_name(f".gone-{path.name}")
     rename(path, gone)
+    forget_shared(gone, shared_dir)
     shutil.rmtree(gone)
 
 
-def sweep(directory: Path) -> None:
-    """What a crash left of creations and deletions."""
-    for path in directory.iterdir():
+def discard(path: Path, shared_dir: Path) -> None:
+    """Remove an image's directory, or a file, or whatever is left of it."""
+    forget_shared(path, shared_dir)
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sweep(directory: Path, shared_dir: Path) -> list[Path]:
+    """Remove what a crash left of creations and deletions; the directories of all images, sorted."""
+    found: list[Path] = []
+    for path in sorted(directory.iterdir()):
         if path.name.startswith((".new-", ".gone-")):
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink()
+            discard(path, shared_dir)
+        elif path.is_dir() and NAME_PATTERN.fullmatch(path.name) is not None:
+            found.append(path)
+        else:
+            log.warning("image.stranger", path=str(path))
+    return found
+
+
+def forget_shared(directory: Path, shared_dir: Path) -> None:
+    """Remove what an image that is no longer wanted left in shared memory."""
+    with contextlib.suppress(OSError, HoldfastError):
+        identity = decode_identity(durable.read_small_file(directory / IMAGE_TOML))
+        SharedDirectory(shared_dir, identity.uuid).remove_all()
+    with contextlib.suppress(OSError, HoldfastError):
+        head = avhd.decode_head(durable.read_small_file(directory / avhd.HEAD_FILE))
+        live_map.forget(shared_dir, head.live_nonce)

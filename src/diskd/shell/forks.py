@@ -38,14 +38,18 @@ class Forks:
         )
         (image.image.directory / avhd.DIRECTORY).mkdir(exist_ok=True)
         nothing = bytes(avhd.cell_bytes(head.blocks))
-        live = LiveMap.create(self.shared_dir, head.live_nonce, nothing, self.boot_id)
+        live = await self._live(head.live_nonce, nothing)
         try:
             await image.files.run(avhd.create(head))
             await trio.to_thread.run_sync(sync_directory, image.image.directory)
-            return self._overlay(image, AvhdMap.over(head, live.cells), live, invalidate)
+            return self._overlay(image, await _states(head, live), live, invalidate)
         except BaseException:
             live.close()
             raise
+
+    async def _live(self, nonce: str, cells: bytes) -> LiveMap:
+        # In a thread: that of a large image takes a while to allocate and to fill.
+        return await trio.to_thread.run_sync(LiveMap.create, self.shared_dir, nonce, cells, self.boot_id)
 
     async def attach(self, image: OpenImage, head: Head, invalidate: Invalidate) -> OverlayLayer:
         """The overlay over what an earlier process left. Raises Damaged: never the parent alone.
@@ -59,14 +63,23 @@ class Forks:
         cells = await image.files.run(avhd.load_cells(head))
         mapped = live_map.recover(self.shared_dir, head.live_nonce, len(cells), self.boot_id)
         nonce = secrets.token_hex(16)
-        live = LiveMap.create(self.shared_dir, nonce, mapped or cells, self.boot_id)
+        live = await self._live(nonce, mapped or cells)
         try:
-            states = AvhdMap.over(head, live.cells)
+            states = await _states(head, live)
             if mapped is not None:
                 states.mark_all_dirty()
                 await image.files.run(avhd.flush(states.take_dirty(), parent=True))
-            states.head = await image.files.run(avhd.renew(head, nonce))
-            live_map.forget(self.shared_dir, head.live_nonce)
+            try:
+                states.head = await image.files.run(avhd.renew(head, nonce))
+            except OSError:
+                if mapped is None:
+                    raise
+                # A full disk: the former copy is of this boot, and goes on as if its process had.
+                live.close()
+                live = LiveMap.reopen(self.shared_dir, head.live_nonce, len(cells))
+                states = await _states(head, live)
+            else:
+                live_map.forget(self.shared_dir, head.live_nonce)
             return self._overlay(image, states, live, invalidate)
         except BaseException:
             live.close()
@@ -85,6 +98,10 @@ class Forks:
             on_failure=invalidate,
             fail=image.image.fail,
         )
+
+
+async def _states(head: Head, live: LiveMap) -> AvhdMap:
+    return await trio.to_thread.run_sync(AvhdMap.over, head, live.cells)
 
 
 async def left_behind(image: OpenImage) -> Head | None:

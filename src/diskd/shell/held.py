@@ -1,14 +1,16 @@
 """A checkpoint that has a record, in memory, and the view of it that a backup holds (ports.FrozenVm)."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
 import attrs
 import trio
 
+from daemonkit.diskd_api import BackupDisk
 from diskd.core.checkpoint import Record
-from diskd.core.inventory import CheckpointInfo, Outcome
+from diskd.core.inventory import CONFIG_BYTES_MAX, DISKS_MAX, CheckpointInfo, Outcome, check_name
 from diskd.core.ports import FrozenDisk
+from diskd.errors import Refused
 from diskd.shell.files import Files
 from diskd.shell.frozen import FrozenImage
 from diskd.shell.open_image import OpenImage
@@ -93,3 +95,34 @@ def describe(held: Held) -> CheckpointInfo:
         record.outcome,
         {disk.image: f"{disk.image}:{record.checkpoint}" for disk in record.disks if standing},
     )
+
+
+def check_request(
+    known: Mapping[str, OpenImage], vm: str, disks: Sequence[BackupDisk], config: str
+) -> dict[str, OpenImage]:
+    """The images of a checkpoint that may begin, in one order for all: so two holds cannot wait for each
+    other. Raises Refused."""
+    check_name("a VM", vm)
+    if not 0 < len(disks) <= DISKS_MAX:
+        raise Refused(f"a checkpoint has 1 to {DISKS_MAX} disks")
+    if len(config.encode()) > CONFIG_BYTES_MAX:
+        raise Refused(f"the VM's configuration is larger than {CONFIG_BYTES_MAX} bytes")
+    images: dict[str, OpenImage] = {}
+    for disk in disks:
+        check_name("a disk", disk.name)
+        if disk.image not in known:
+            raise Refused(f"there is no open image {disk.image!r}")
+        images[disk.image] = known[disk.image]
+    if len(images) != len(disks) or len({disk.name for disk in disks}) != len(disks):
+        raise Refused("every disk of a checkpoint has a name and an image of its own")
+    return dict(sorted(images.items()))
+
+
+def refuse_standing(everything: Iterable[Held], vm: str, images: Mapping[str, OpenImage]) -> None:
+    """Raises Refused where a checkpoint of this VM or of one of these images is held."""
+    for held in everything:
+        if held.record.is_standing and (held.record.vm == vm or not images.keys().isdisjoint(held.images)):
+            raise Refused(
+                f"checkpoint {held.record.checkpoint} of VM {held.record.vm} is held "
+                f"({held.record.held_by}): end it first (diskctl checkpoint end {held.record.checkpoint})"
+            )

@@ -9,7 +9,6 @@ ROOT/checkpoints/ID/      one checkpoint's record
 
 import contextlib
 import os
-import shutil
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -182,13 +181,13 @@ class Library:
         self, name: str, size_bytes: int, *, block_bytes: int = 4096, region_bytes: int = 1 << 20
     ) -> ImageInfo:
         """A new, sparse, empty image."""
-        with self._working_on(check_name("an image", name)), self._new(name) as directory:
+        async with self._new(name) as directory:
             await self._create(directory, size_bytes, block_bytes=block_bytes, region_bytes=region_bytes)
             return await self._publish(name, directory)
 
     async def import_image(self, name: str, source: Path, *, progress: Progress | None = None) -> ImageInfo:
         """A new image with the content of a raw file, or of whatever ``qemu-img convert`` reads."""
-        with self._working_on(check_name("an image", name)), self._new(name) as directory:
+        async with self._new(name) as directory:
             kind = await trio.to_thread.run_sync(imports.detect_format, source)
             converted = directory.with_name(f"{directory.name}.raw")
             try:
@@ -205,19 +204,26 @@ class Library:
             except OSError as error:
                 raise Refused(f"image {name} cannot be imported: {error}") from error
             finally:
-                converted.unlink(missing_ok=True)
+                with trio.move_on_after(_STOP_SECONDS, shield=True):
+                    await self._discard(converted)
             return await self._publish(name, directory)
 
-    @contextlib.contextmanager
-    def _new(self, name: str) -> Iterator[Path]:
+    @asynccontextmanager
+    async def _new(self, name: str) -> AsyncIterator[Path]:
         """Where it is made; nothing of it is left if that fails."""
-        if name in self._images or name in self._closed:
-            raise Refused(f"image {name} exists already: choose another name, or delete it first")
-        directory = self._directory / f".new-{name}"
-        try:
-            yield directory
-        finally:
-            shutil.rmtree(directory, ignore_errors=True)
+        with self._working_on(check_name("an image", name)):
+            if name in self._images or name in self._closed:
+                raise Refused(f"image {name} exists already: choose another name, or delete it first")
+            directory = self._directory / f".new-{name}"
+            try:
+                yield directory
+            finally:
+                with trio.move_on_after(_STOP_SECONDS, shield=True):
+                    await self._discard(directory)
+
+    async def _discard(self, path: Path) -> None:
+        """Remove half an image. What is large takes its time, and must not hold up others."""
+        await trio.to_thread.run_sync(directories.discard, path, self._image_settings.shared_dir)
 
     async def _create(
         self, directory: Path, size_bytes: int, *, block_bytes: int = 4096, region_bytes: int = 1 << 20
@@ -264,7 +270,7 @@ class Library:
             if image is not None:
                 await image.close()
             try:
-                await trio.to_thread.run_sync(directories.delete, path)
+                await trio.to_thread.run_sync(directories.delete, path, self._image_settings.shared_dir)
             except OSError as error:
                 raise Refused(f"image {name} cannot be deleted: {error}") from error
             log.info("image.deleted", image=name)
@@ -406,8 +412,8 @@ class Library:
 
     async def start(self) -> None:
         """Open every image, then take up what their checkpoints left behind. Called once."""
-        await trio.to_thread.run_sync(directories.sweep, self._directory)
-        for path in sorted(self._directory.iterdir()):
+        shared = self._image_settings.shared_dir
+        for path in await trio.to_thread.run_sync(directories.sweep, self._directory, shared):
             name = path.name
             if (path / _RELEASED).exists():
                 self._closed[name] = None
@@ -457,6 +463,7 @@ async def open_library(root: Path, settings: LibrarySettings | None = None) -> A
     except OSError as error:
         raise Refused(f"{root}: {error.strerror}") from error
     failure: Exception | None = None
+    library: Library | None = None
     try:
         async with trio.open_nursery() as nursery:
             library = Library(root, chosen, image_settings, nursery_that_outlives_calls=nursery)
@@ -467,9 +474,11 @@ async def open_library(root: Path, settings: LibrarySettings | None = None) -> A
                 failure = error
             finally:
                 nursery.cancel_scope.cancel(reason="the library stops")
-                with trio.move_on_after(_STOP_SECONDS, shield=True):
-                    await library.stop()
         if failure is not None:
             raise failure
     finally:
+        # Only now: a merge whose copy is under way in a thread must not write to an image that was closed.
+        if library is not None:
+            with trio.move_on_after(_STOP_SECONDS, shield=True):
+                await library.stop()
         os.close(lock)

@@ -52,6 +52,16 @@ class LiveMap:
         memory[:_HEADER_BYTES] = _header(boot_id)
         return live
 
+    @classmethod
+    def reopen(cls, directory: Path, nonce: str, cell_bytes: int) -> "LiveMap":
+        """The very file that ``recover`` has just believed. Raises OSError."""
+        path = _path(directory, nonce)
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            return cls(path, mmap.mmap(descriptor, _HEADER_BYTES + cell_bytes, mmap.MAP_SHARED))
+        finally:
+            os.close(descriptor)
+
     def close(self) -> None:
         """Forget it: the durable map says everything (or will be believed instead)."""
         self.abandon()

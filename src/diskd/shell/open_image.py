@@ -43,6 +43,7 @@ class OpenImage:
         self.lease_state = state
         self.overlay: OverlayLayer | None = None
         self.checkpoint: str | None = None
+        self.stuck: str | None = None  # why its AVHD cannot be merged before it is reopened
         self._lock = trio.Lock()  # one change of the lease, or of who holds it, at a time
         self._sessions: list[Session] = []
 

@@ -64,6 +64,10 @@ class SharedDirectory:
                 with contextlib.suppress(OSError):
                     path.unlink()
 
+    def remove_all(self) -> None:
+        """Remove whatever any opening of this image left; nobody has it open."""
+        self.remove_others(b"")
+
     def close(self) -> None:
         """Unmap everything. The files stay."""
         while self._maps:
