@@ -5,6 +5,7 @@ Exit codes (DESIGN.md section 9): 0 done, 1 refused or failed with one line on s
 
 import json
 import os
+import re
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -97,7 +98,9 @@ def _die(message: str, code: int) -> NoReturn:
     program = Path(sys.argv[0])
     # `python -m holdfast.bench` runs .../holdfast/bench/__main__.py: the package is the program's name.
     name = ".".join(program.parts[-3:-1]) if program.stem == "__main__" else program.name
-    print(f"{name}: {' '.join(message.split())}", file=sys.stderr)
+    # "[Errno 28] No space left" of an OSError's own text: the words say it, the number is the programmer's.
+    line = re.sub(r"\[Errno \d+\] ", "", " ".join(message.split()))
+    print(f"{name}: {line}", file=sys.stderr)
     sys.exit(code)
 
 

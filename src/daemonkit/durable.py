@@ -50,7 +50,9 @@ def replace_file(path: Path, data: bytes, *, mode: int = 0o644) -> None:
         finally:
             os.close(descriptor)
         os.rename(temporary, path)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)  # a failed write or fsync knows its descriptor only
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise

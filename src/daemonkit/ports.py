@@ -1,5 +1,6 @@
 """Network addresses as text, and the ports through which pure code meets the outside world."""
 
+import ipaddress
 from typing import Protocol
 
 import attrs
@@ -25,7 +26,10 @@ class Address:
 
     @property
     def is_loopback(self) -> bool:
-        return self.host in ("localhost", "::1") or self.host.startswith("127.")
+        try:
+            return self.host == "localhost" or ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False  # a name: whatever it begins with, it may lead anywhere
 
     @classmethod
     def parse(cls, text: str) -> "Address":

@@ -221,3 +221,20 @@ def test_what_does_not_fit_is_named(data: object, message: str) -> None:
     assert message in str(caught.value)
     assert str(caught.value).startswith("stool.toml")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("host", "is_loopback"),
+    [
+        ("127.0.0.1", True),
+        ("127.9.9.9", True),
+        ("::1", True),
+        ("localhost", True),
+        ("127.evil.example", False),
+        ("0.0.0.0", False),
+        ("10.0.0.1", False),
+        ("::", False),
+    ],
+)
+def test_loopback_is_never_a_name_that_looks_like_it(host: str, is_loopback: bool) -> None:
+    assert Address(host, 1).is_loopback is is_loopback

@@ -99,6 +99,9 @@ class Database:
                 "INSERT OR IGNORE INTO meta VALUES ('cluster_id', ?), ('revision', 1)",
                 (secrets.randbits(62) + 1,),
             )
+        except sqlite3.OperationalError as error:
+            # Full, unreadable, in use: what it holds may be sound, and must not be given up for that.
+            raise OperatorError(f"{path}: the witness database cannot be opened: {error}") from error
         except sqlite3.Error as error:
             raise OperatorError(
                 f"{path}: not a usable witness database: {error}; restore it, or start with an empty"
