@@ -4,6 +4,7 @@
 set -uo pipefail
 declare -A programs=(
     [qemu-utils]="qemu-img" [libnbd-bin]="nbdinfo" [nbdkit]="nbdkit" [e2fsprogs]="/usr/sbin/mke2fs"
+    [etcd-server]="etcd"
 )
 missing=()
 for package in "${!programs[@]}"; do

@@ -18,6 +18,7 @@ if ! "$python" -c 'import venv, ensurepip' 2>/dev/null; then
         exit 1
     fi
 fi
-[ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+# An interrupted or moved environment has a python without pip, or none that starts: it is made anew.
+"$venv/bin/python" -m pip --version >/dev/null 2>&1 || "$python" -m venv --clear "$venv"
 echo "setup: installing dependencies into $venv"
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
