@@ -11,6 +11,7 @@ exactly one verdict:
     drain      move it away, once a target has accepted
     cancel     the old owner is back before the new one took a lease: give it back
     forget     a request that has become pointless
+    bury       wanted offline, and its run never began or is proven to have ended: drop the assignment
     hold       would start, but must not, with what would end it (S2, S5)
     failed     it failed too often in a row
 
@@ -29,7 +30,7 @@ from clusterd.core.types import FINAL_RUN_STATES, UNSTARTED_RUN_STATES
 
 RESTARTS_MAX: Final = 3  # in a row, without having been online for a while in between
 
-Kind = Literal["rest", "window", "start", "stop", "drain", "cancel", "forget", "hold", "failed"]
+Kind = Literal["rest", "window", "start", "stop", "drain", "cancel", "forget", "bury", "hold", "failed"]
 
 
 @attrs.frozen
@@ -81,8 +82,9 @@ def judge(facts: Facts, properties: Properties) -> Verdict:
     return _held_by_owner(facts, assignment, run)
 
 
-def _is_unstarted(run: Run | None) -> bool:
-    return run is None or run.state in UNSTARTED_RUN_STATES
+def _is_unstarted(assignment: Assignment, run: Run | None) -> bool:
+    """Whether no process of this epoch can exist. One that was given back may live, whatever is recorded."""
+    return not assignment.given_back and (run is None or run.state in UNSTARTED_RUN_STATES)
 
 
 def _is_cancellable(facts: Facts) -> bool:
@@ -97,6 +99,8 @@ def _offline(facts: Facts) -> Verdict:
         return Verdict("forget", "it is wanted offline")
     if assignment is None or (run is not None and run.state in FINAL_RUN_STATES):
         return Verdict("rest", "it is offline")
+    if not facts.owner_in_contact and (facts.proven_dead or _is_unstarted(assignment, run)):
+        return Verdict("bury", f"{assignment.owner} is lost, and its run is not alive")
     if assignment.action == "run":
         return Verdict("stop", "an operator wants it offline")
     if not facts.owner_in_contact:
@@ -125,7 +129,7 @@ def _lost(facts: Facts, assignment: Assignment, run: Run | None, properties: Pro
     every lease first. One without disks only if it is stateless or its run is proven to have ended, or
     never started: an unclaimed epoch cannot start any more once the assignment has changed."""
     owner = assignment.owner
-    if _is_unstarted(run):
+    if _is_unstarted(assignment, run):
         return Verdict("start", f"{owner} was lost before it had started it", is_failover=False)
     config = facts.spec.config
     period = period_ns(config, properties, facts.proven_dead)
@@ -155,9 +159,9 @@ def _held_by_owner(facts: Facts, assignment: Assignment, run: Run | None) -> Ver
     request, owner = facts.request, assignment.owner
     if assignment.action == "stop":
         return Verdict("rest", f"{owner} is stopping it")
+    if _is_unstarted(assignment, run) and not facts.owner_is_present:
+        return Verdict("start", f"{owner} lost its session before it had started it")
     if run is None:
-        if not facts.owner_is_present:
-            return Verdict("start", f"{owner} lost its session before it had started it")
         return Verdict("rest", f"{owner} is about to start it")
     if run.state == "held":
         if run.seen_epoch >= assignment.epoch:

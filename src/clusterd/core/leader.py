@@ -47,6 +47,7 @@ class Leader:
     online_since: dict[tuple[str, int], int] = attrs.field(factory=dict)
     held: list[HeldItem] = attrs.field(factory=list)
     cancelled: dict[str, str] = attrs.field(factory=dict)
+    failed_probes: dict[str, tuple[str, str]] = attrs.field(factory=dict)  # why, and what would end it
     is_in_office: bool = False
     starting: tuple[str, str, Assignment, str | None] | None = None
 
@@ -57,6 +58,7 @@ class Leader:
             self.nodes.reset()
             self.probes.clear()
             self.unreachable.clear()
+            self.failed_probes.clear()
             self.online_since.clear()
         self.nodes.refresh()
         self.held = list(self.nodes.held)
@@ -110,6 +112,8 @@ class Leader:
         assignment, run = facts.assignment, facts.run
         if assignment is None or assignment.action != "run" or not facts.owner_in_contact:
             return False
+        if not facts.owner_is_present:  # it cannot say how far it is: others do not wait for it
+            return False
         return run is None or run.state in ("fencing", "starting")
 
     # -- carrying out
@@ -129,6 +133,8 @@ class Leader:
         elif verdict.kind == "hold":
             kind = "fence" if facts.owner_in_contact else "failover"
             self._hold(kind, vm, verdict.why, verdict.ends_when)
+        elif verdict.kind == "bury" and facts.assignment is not None:
+            self._bury(vm, facts.assignment)
         elif verdict.kind == "forget":
             key = f"vms/{vm}/request"
             guards = self.store.leading() + self.store.same(key)
@@ -179,6 +185,9 @@ class Leader:
             return False
         probe = self._probed(vm, choice.node, config)
         if probe is None:
+            if vm in self.failed_probes:  # still so while the next node is asked
+                reason, ends_when = self.failed_probes[vm]
+                self._hold(kind, vm, f"{verdict.why}, but {reason}", ends_when)
             return True
         if not probe.reached:
             self._hold(kind, vm, f"{verdict.why}, but {probe.reason}", f"{probe.target} and its diskd answer")
@@ -207,7 +216,9 @@ class Leader:
                 probe.reached, probe.reason, probe.epochs = event.reached, event.reason, event.epochs
                 key = (vm, probe.target)
                 self.unreachable.pop(key, None)
+                self.failed_probes.pop(vm, None)
                 if not event.reached:
+                    self.failed_probes[vm] = (event.reason, f"{probe.target} and its diskd answer")
                     until = self.desk.now + self.desk.properties.isolation_ns
                     self.unreachable[key] = (until, event.reason)
                 return
@@ -275,11 +286,19 @@ class Leader:
         """The epoch is burnt; the old owner goes on with its own, if its run still lives."""
         assert assignment.previous is not None
         keys = (f"vms/{vm}/assignment", f"vms/{vm}/run")
-        back = Assignment(assignment.previous, assignment.previous_epoch, reason="back in time")
+        back = Assignment(
+            assignment.previous, assignment.previous_epoch, reason="back in time", given_back=True
+        )
         puts = [(keys[0], back), (f"moves/{assignment.owner}", MovedAway(vm, assignment.epoch))]
         guards = self.store.leading() + self.store.same(*keys)
         if self.store.write(("cancel", vm), guards, list(puts)):
             self.cancelled[vm] = assignment.previous
+
+    def _bury(self, vm: str, assignment: Assignment) -> None:
+        keys = tuple(f"vms/{vm}/{part}" for part in ("assignment", "run", "spec", "request"))
+        guards = self.store.leading() + self.store.same(*keys)
+        moved = (f"moves/{assignment.owner}", MovedAway(vm, assignment.epoch))
+        self.store.write(("bury", vm), guards, [moved], deletes=(keys[0], keys[1]))
 
     def _drain(self, vm: str, facts: Facts, verdict: Verdict) -> None:
         """One VM of a node at a time, and only towards a target that answered; a leaving node is emptied
@@ -308,12 +327,16 @@ class Leader:
 
     def _is_draining(self, owner: str) -> bool:
         """Whether a VM of this node is being stopped, or on its way to where it was moved."""
-        view = self.desk.view
+        view, is_leaving = self.desk.view, admission(self.desk, owner) is Admission.LEAVING
         for vm in view.vms():
             assignment, run = view.assignment(vm), view.current_run(vm)
-            if assignment is None or (run is not None and run.state == "failed"):
+            if assignment is None or assignment.owner != owner or (run is not None and run.state == "failed"):
                 continue
-            if assignment.owner == owner and assignment.action == "stop":
+            if is_leaving and run is not None and run.state == "stopped":
+                continue  # it may fit nowhere, and need not for the node to be emptied
+            if self.store.is_writing("assign", vm):
+                return True
+            if assignment.action == "stop":
                 spec = view.spec(vm)
                 if spec is not None and spec.desired == "online":
                     return True

@@ -86,7 +86,9 @@ class NodeRecords:
         desk, key = self.desk, f"nodes/{name}"
         revision = desk.view.mod(key)
         if revision != self.anchors.get(name, (-1, 0))[0]:
-            self.anchors[name] = (revision, self.written_at.get(name, desk.now))
+            # A write of ours whose answer was lost counts from when it was made; another's from now.
+            is_ours = name in self.pending and desk.view.node(name) == self.pending[name][1]
+            self.anchors[name] = (revision, self.written_at.get(name, desk.now) if is_ours else desk.now)
         return quarantine.aged(desk.view.node(name), desk.now - self.anchors[name][1], desk.properties)
 
     def _watched(self, name: str, record: NodeRecord) -> NodeRecord:

@@ -131,7 +131,12 @@ def _add_vm(desk: Desk, command: c.AddVm) -> Change:
         raise Refused(f"VM {config.name} runs: its disks can be changed only while it is offline")
     desired = old.desired if old is not None else ("online" if command.start else "offline")
     text = "changed; it takes effect at the next start" if old else "added"
-    return Change((key,), ((key, records.VmSpec(config, desired)),), text=f"VM {config.name} {text}")
+    puts: list[tuple[str, Any]] = [(key, records.VmSpec(config, desired))]
+    if old is None or old.config.disks != config.disks:
+        changes = desk.view.record("vmset", records.VmSet) or records.VmSet()
+        puts.append(("vmset", records.VmSet(changes.changes + 1)))
+    keys = (key, "vmset", f"vms/{config.name}/assignment", f"vms/{config.name}/run")
+    return Change(keys, tuple(puts), text=f"VM {config.name} {text}")
 
 
 def _remove_vm(desk: Desk, command: c.RemoveVm) -> Change:
@@ -181,7 +186,7 @@ def _move_vm(desk: Desk, command: c.MoveVm) -> Change:
         raise Refused(f"VM {vm} runs on {command.node} already")
     why_not = why_not_placed(desk, command.node)
     if why_not:
-        raise Refused(f"{command.node} cannot take VM {vm}: it {why_not}")
+        raise Refused(f"{command.node} cannot take VM {vm}: {why_not}")
     key = f"vms/{vm}/request"
     request = records.VmRequest("move", command.node)
     return Change((key, f"vms/{vm}/assignment"), ((key, request),), text=f"VM {vm} moves to {command.node}")

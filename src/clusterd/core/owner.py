@@ -231,6 +231,10 @@ class Owner:
             # It was live by our own record, and no intent of it is left: its process is certainly gone.
             run.phase, run.final, run.counts = Phase.ENDED, "failed", record.boot_id == run.boot_id
             run.reason = "the run ended while clusterd was away"
+        elif record is None and assignment.given_back:
+            # S1: an epoch is one process. This one had ended before the VM was given back to us.
+            run.phase, run.final, run.counts = Phase.ENDED, "failed", False
+            run.reason = "the run ended while its node was away"
         if assignment.action == "stop" and run.phase is Phase.CLAIMING:
             run.phase, run.final = Phase.ENDED, "stopped"
         self.runs[vm] = run

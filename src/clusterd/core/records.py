@@ -15,6 +15,7 @@ Keys lie under ``/holdfast/CLUSTER/``. Values are JSON objects, so that ``etcdct
 | ``nodes/NODE``      | NodeRecord   | the leader (operator: clear-quarantine)              |
 | ``moves/NODE``      | MovedAway    | the leader, with every assignment taken from NODE    |
 | ``held``            | HeldList     | the leader                                           |
+| ``vmset``           | VmSet        | operator, with every VM that takes new images        |
 | ``vms/VM/spec``     | VmSpec       | operator                                             |
 | ``vms/VM/request``  | VmRequest    | operator; removed by the leader when it acts on it   |
 | ``vms/VM/assignment``| Assignment  | the leader                                           |
@@ -163,6 +164,13 @@ class VmSpec:
 
 
 @attrs.frozen
+class VmSet:
+    """Counts the changes of which images belong to which VM: two of them at once exclude each other."""
+
+    changes: int = 0
+
+
+@attrs.frozen
 class VmRequest:
     verb: Literal["move", "failover", "start"]
     node: str | None = None
@@ -172,7 +180,8 @@ class VmRequest:
 class Assignment:
     """``action`` stop: the owner ends this run. ``then``: where a restart-move goes on. ``attempt``: how
     often in a row the VM was started again after it had failed. ``previous``: whom a failover took it
-    from, and the epoch there, so that it can be cancelled before the first lease is taken."""
+    from, and the epoch there, so that it can be cancelled before the first lease is taken. ``given_back``: by
+    such a cancellation: the run of this epoch goes on if it still lives, and is never started again."""
 
     owner: str
     epoch: int
@@ -182,6 +191,7 @@ class Assignment:
     attempt: int = 0
     previous: str | None = None
     previous_epoch: int = 0
+    given_back: bool = False
 
 
 @attrs.frozen
@@ -207,6 +217,7 @@ KINDS: Final[dict[str, type]] = {
     "leader": Leader,
     "epoch": EpochCounter,
     "held": HeldList,
+    "vmset": VmSet,
     "members/": Member,
     "presence/": Presence,
     "goodbyes/": Goodbye,

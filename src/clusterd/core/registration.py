@@ -69,7 +69,7 @@ class Registration:
 
     def _be_present(self) -> None:
         desk, name = self.desk, self.desk.name
-        keys = (f"presence/{name}", f"members/{name}", f"goodbyes/{name}")
+        keys = (f"presence/{name}", f"members/{name}", f"goodbyes/{name}", f"confirmed/{name}")
         puts: list[tuple[str, Any]] = []
         wanted, seen = self._presence(), desk.view.seen.get(keys[0])
         if seen is None or seen.record != wanted or seen.lease != desk.lease:
@@ -80,7 +80,10 @@ class Registration:
             puts.append((keys[1], records.Member(name)))
         elif member is not None and said is not None and said.kind == "leave":
             puts.append((keys[1], records.Member(name)))  # back after a leave: admitted again
-        deletes = (keys[2],) if said is not None and not self.is_gone else ()
+        deletes: tuple[str, ...] = (keys[2],) if said is not None and not self.is_gone else ()
+        confirmed = desk.view.record(keys[3], records.ConfirmedDead)
+        if confirmed is not None and confirmed.boot_id == desk.identity.boot_id:
+            deletes += (keys[3],)  # we live: it is no proof about what runs here from now on
         if puts or deletes:
             self.store.write(("presence",), self.store.same(*keys), puts, deletes, leased=(keys[0],))
 

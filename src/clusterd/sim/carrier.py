@@ -29,6 +29,7 @@ PID_FIRST: Final = 100
 class Carrier:
     world: "World"
     next_pid: int = PID_FIRST
+    spawned: set[tuple[str, int]] = attrs.field(factory=set)
 
     def carry(self, host: "Host", effect: object) -> None:
         """One effect."""
@@ -197,6 +198,9 @@ class Carrier:
         """The truth of S2, S7 is asserted here, where a process comes to life."""
         world, vm = self.world, effect.config.name
         others = world.processes_of(vm)
+        if (vm, effect.epoch) in self.spawned:
+            raise InvariantBroken(f"S1: {vm}@{effect.epoch} is spawned a second time, on {host.name}")
+        self.spawned.add((vm, effect.epoch))
         if any(other is host for other, _ in others):
             raise InvariantBroken(f"S7: {vm} is spawned on {host.name}, where it runs already")
         if others and not effect.config.disks and not effect.config.stateless:

@@ -173,10 +173,9 @@ class Chaos:
     def _vm_life(self) -> None:
         """VMs come and go, also on the images of others, which must be refused."""
         vm = self.randomness.choice(self.vms)
-        config = vm_config(attrs.evolve(vm, name=self.randomness.choice([vm.name, "late"])))
-        self._order(
-            self.randomness.choice([c.RemoveVm(vm.name), c.AddVm(config), c.AddVm(config, replace=True)])
-        )
+        config = attrs.evolve(vm_config(vm), name=self.randomness.choice([vm.name, "late"]))
+        orders: list[c.Command] = [c.RemoveVm(vm.name), c.AddVm(config), c.AddVm(config, replace=True)]
+        self._order(self.randomness.choice(orders))
 
     def _property(self) -> None:
         changes = [
