@@ -104,8 +104,8 @@ class Database:
             raise OperatorError(f"{path}: the witness database cannot be opened: {error}") from error
         except sqlite3.Error as error:
             raise OperatorError(
-                f"{path}: not a usable witness database: {error}; restore it, or start with an empty"
-                " directory and run `clusterctl store recover`"
+                f"{path}: not a usable witness database: {error}; put the newest copy of it back"
+                " (to the nodes an empty one is a foreign store; VMs go on running meanwhile)"
             ) from error
 
     def load(self, now: int) -> tuple[int, WitnessStore]:
