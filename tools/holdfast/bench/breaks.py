@@ -123,7 +123,7 @@ BREAKS: tuple[Break, ...] = (
         "B6",
         "the map's entries are cleared before the parent's copy is durable",
         "src/diskd/core/merge.py",
-        "                offset += length\n        yield Sync(PARENT_FILE)\n",
+        "                offset += length\n        yield from final_sync(PARENT_FILE)\n",
         "                offset += length\n",
         _OVERLAY_TESTS,
     ),
@@ -141,7 +141,7 @@ BREAKS: tuple[Break, ...] = (
         "B6",
         "FLUSH makes the map durable before the AVHD's data",
         "src/diskd/core/avhd.py",
-        "    yield Sync(DATA_FILE)\n    if sectors:\n",
+        "    yield from final_sync(DATA_FILE)\n    if sectors:\n",
         "    if sectors:\n",
         _OVERLAY_TESTS,
     ),
@@ -150,9 +150,9 @@ BREAKS: tuple[Break, ...] = (
         "B2",
         "a write that the AVHD cannot take goes to the parent, and the checkpoint is still believed",
         "src/diskd/shell/checkpoints.py",
-        "                    await held.files.run(checkpoint.invalidate(held.record))\n"
-        "                    held.invalid = True\n",
-        "",
+        "                await held.files.run(checkpoint.invalidate(held.record))\n"
+        "            held.invalid = True\n",
+        "                await trio.lowlevel.checkpoint()\n",
         ("tests/shell/test_diskd_library.py", "tests/shell/test_diskd_overlay.py"),
     ),
     Break(
