@@ -13,6 +13,8 @@ PACKAGES = {
     "nbdcopy": "libnbd-bin",
     "qemu-img": "qemu-utils",
     "qemu-io": "qemu-utils",
+    "nbdkit": "nbdkit",
+    "fio": "fio",
 }
 
 

@@ -1,5 +1,6 @@
 """`diskd`: the daemon's command line."""
 
+import os
 from pathlib import Path
 
 import click
@@ -83,13 +84,52 @@ def run(
     run_async(lambda: run_daemon(root, settings, listen, keys))
 
 
-@group.command(context_settings={"ignore_unknown_options": True})
-@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
-def nbd(arguments: tuple[str, ...]) -> None:
-    """One NBD connection on stdin and stdout: not built yet."""
-    raise OperatorError(
-        "diskd nbd is not built yet: serve a socket instead, with diskd run --nbd-socket PATH"
-    )
+@group.command()
+@click.option(
+    "--raw", type=click.Path(path_type=Path), metavar="FILE", help="Serve this raw file as it is, untracked."
+)
+@click.option(
+    "--root", type=click.Path(path_type=Path), metavar="DIR", help="Directory of the images; with --image."
+)
+@click.option(
+    "--image", metavar="NAME", help="Serve this export of --root: IMAGE, IMAGE@EPOCH, IMAGE:CHECKPOINT."
+)
+@click.option("--log-level", type=click.Choice(sorted(LEVELS)), default="warning", show_default=True)
+def nbd(raw: Path | None, root: Path | None, image: str | None, log_level: str) -> None:
+    """Serve one disk over NBD to the program that starts this one.
+
+    \b
+    Standard input a socket     one connection, as from inetd; ends with it
+    Socket activation           many connections, until SIGTERM
+                                (LISTEN_PID, LISTEN_FDS: systemd, libnbd's tools)
+
+    \b
+    nbdinfo -- [ diskd nbd --raw disk.img ]
+    nbdcopy -- [ diskd nbd --root /srv/disks --image web ] copy.img
+
+    The disk is the default export (the empty name), an image also goes by its own. No `diskd run` may be
+    serving the same directory.
+    """
+    if (raw is None) == (root is None) or (root is None) != (image is None):
+        raise OperatorError("name a disk: either --raw FILE, or --root DIR with --image NAME")
+    from diskd.config import load_settings  # Kept out of --help's way.
+    from diskd.shell import activation, single
+
+    listeners = activation.inherited_listeners(os.environ)
+    connection = None if listeners else activation.inherited_connection()
+    set_up(level=log_level)
+    if raw is not None:
+        opened = single.raw_catalog(raw)
+    else:
+        assert root is not None
+        assert image is not None
+        if not root.is_dir():
+            raise OperatorError(f"{root}: no such directory")
+        opened = single.image_catalog(root, image, load_settings(None, ()))
+    if connection is None:
+        run_async(lambda: single.serve_listeners(opened, listeners))
+    else:
+        run_async(lambda: single.serve_connection(opened, connection))
 
 
 group.add_command(target)

@@ -71,6 +71,12 @@ class NbdServer:
             task_status.started(path)
             await trio.serve_listeners(self._accept, [listener], handler_nursery=outliving)
 
+    async def serve_inherited(self, sock: socket.socket, *, outliving: trio.Nursery | None = None) -> None:
+        """As serve_tcp, on a socket that listens already and does not block."""
+        with sock:
+            listener = trio.SocketListener(trio.socket.from_stdlib_socket(sock))
+            await trio.serve_listeners(self._accept, [listener], handler_nursery=outliving)
+
     async def _accept(self, stream: trio.SocketStream) -> None:
         await self.serve_socket(socket.socket(fileno=stream.socket.detach()))
 

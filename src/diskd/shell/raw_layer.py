@@ -8,7 +8,7 @@ import errno
 import os
 import time
 from collections.abc import Callable
-from typing import Final, TypeVar
+from typing import Final, Protocol, TypeVar
 
 import trio
 
@@ -16,7 +16,6 @@ from daemonkit import durable
 from diskd.core.geometry import RAW
 from diskd.core.ports import Allocation
 from diskd.shell import files as system
-from diskd.shell.files import Files
 
 T = TypeVar("T")
 
@@ -28,10 +27,17 @@ SLICE_BYTES: Final = 64 << 20
 ALLOCATIONS_MAX: Final = 4096
 
 
+class RawFiles(Protocol):
+    """Where the layer gets its descriptor from, and who syncs it (files.Files)."""
+
+    def descriptor(self, name: str) -> int: ...
+    def sync(self, name: str) -> None: ...
+
+
 class RawLayer:
     """``on_write`` is called at the submission and at the end of everything that changes the file."""
 
-    def __init__(self, files: Files, size_bytes: int, on_write: Callable[[], None]) -> None:
+    def __init__(self, files: RawFiles, size_bytes: int, on_write: Callable[[], None]) -> None:
         self._files = files
         self._descriptor = files.descriptor(RAW)
         self.size_bytes = size_bytes
