@@ -45,6 +45,7 @@ format: setup
 
 bench: setup
 	@$(BIN)/python -m holdfast.bench
+	@$(BIN)/python -m holdfast.bench.export
 
 sim: setup
 	@$(BIN)/clusterd simulate scenarios/pulled-cable --seed $(SEED)

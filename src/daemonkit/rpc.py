@@ -22,6 +22,7 @@ import contextlib
 import hashlib
 import hmac
 import secrets
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, Final, TypeVar
 
@@ -49,6 +50,7 @@ SEND_SECONDS_MAX: Final = 30.0
 CONNECTIONS_MAX: Final = 256
 KEYS_MAX: Final = 2
 _RECEIVE_BYTES: Final = 64 << 10
+_BULK_BYTES: Final = 1 << 20
 
 log = structlog.get_logger("rpc")
 
@@ -164,6 +166,10 @@ class _Connection:
 
     def hand_over(self) -> trio.abc.Stream:
         """The stream, for another protocol; what was read beyond the last message comes first."""
+        if isinstance(self._stream, trio.SocketStream):
+            # trio wakes a sender up for every 16 KiB, which suits a conversation. This carries bulk data.
+            with contextlib.suppress(OSError):
+                self._stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _BULK_BYTES)
         return _HandedOver(self._stream, self._reader.take_rest())
 
     async def wait_gone(self) -> None:

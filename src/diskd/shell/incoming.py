@@ -1,7 +1,8 @@
 """A point in the making: a temporary directory beside the committed ones, until it is verified (B5).
 
-    make .incoming-POINT    qcow2 files, index and vm.toml are written and synced
-    verify                  the new point is opened like any other and read again, against its base
+    make .incoming-POINT    qcow2 files, index and vm.toml are written; written back meanwhile
+    sync and verify         side by side: the new point is opened like any other and read again, against its
+                            base, while the disk takes what is left
     manifest.json           written and synced last, then the directory is synced
     rename                  .incoming-POINT becomes POINT, then the VM's directory is synced: committed
 
@@ -11,10 +12,12 @@ touches a committed file. All functions block; they run in a worker thread.
 
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Final
 
+import attrs
 from blake3 import blake3
 
 from daemonkit.errors import HoldfastError
@@ -36,10 +39,10 @@ from diskd.core.stream import ExportHeader, Frame, FrameKind, Trailer
 from diskd.errors import Damaged
 from diskd.shell.chain_view import OpenPoint, open_point
 from diskd.shell.repository_files import RepositoryFiles, digest_file
-from diskd.shell.verify import Poll, verify_point
+from diskd.shell.verify import Poll, Stop, verify_content
 
-# Dirty pages are written back in portions of this, so that the final sync is short.
-SYNC_BYTES: Final = 256 * MiB
+# Dirty pages go to the disk in such portions while more is received, so that the final sync is short.
+WRITEBACK_BYTES: Final = 16 * MiB
 _INDEX_BUFFER_BYTES: Final = 1 * MiB
 
 
@@ -68,12 +71,12 @@ class Incoming:
         self._path = temporary
         self._chain = chain
         self._stack = ExitStack()
-        self._unsynced = 0
+        self._writing_back = 0
+        self._written: list[tuple[int, int]] = []
         self._base: OpenPoint | None = None
         self._disk = -1
         self._descriptor = -1
         self._writer: Qcow2Writer | None = None
-        self._sizes: list[int] = []
         self._data_bytes = [0] * len(header.disks)
         self._index = -1
         self._index_buffer = bytearray(opening)
@@ -105,9 +108,6 @@ class Incoming:
         if len(self._index_buffer) >= _INDEX_BUFFER_BYTES:
             self._flush_index()
         self.taken += 1
-        self._unsynced += len(frame.data)
-        if self._unsynced >= SYNC_BYTES:
-            self._sync_all()
 
     def commit(self, trailer: Trailer, *, source_digest: str, committed_at: str, poll: Poll) -> Manifest:
         """Verify everything and make the point visible and durable. Raises Damaged, OSError."""
@@ -116,10 +116,16 @@ class Incoming:
         self._finish_disk()
         self._index_buffer += trailer.pack()
         self._flush_index()
-        self._files.sync(self._index)
+        manifest = self._manifest(trailer, source_digest, committed_at)
+        # While the disk takes what is still dirty, everything is read again: digests of files and of frames
+        # are the same work twice, so two threads do it.
+        with ThreadPoolExecutor(2) as threads, Stop() as stop:
+            synced = threads.submit(self._sync_all)
+            digests = threads.submit(self._with_digests, manifest, stop.poll)
+            _, problems = verify_content(self._directory, [manifest, *self._chain], poll=poll, top=self._path)
+            manifest = digests.result()
+            synced.result()
         self._stack.close()
-        manifest = self._manifest(trailer, source_digest, committed_at, poll)
-        _, problems = verify_point(self._directory, [manifest, *self._chain], poll=poll, top=self._path)
         if problems:
             raise Damaged(f"the new point did not verify: {problems[0]}")
         self._files.sync_directory(self._path)
@@ -155,12 +161,13 @@ class Incoming:
         self._disk += 1
         disk = self.header.disks[self._disk]
         descriptor = self._descriptor = self._create(disk_file(disk.name))
+        self._writing_back = 0
         base, backing = None, None
         if self._base is not None and self.header.base is not None:
             base = self._base.views[disk.name]
             backing = backing_name(self.header.base, disk.name)
         self._writer = Qcow2Writer(
-            lambda offset, data: self._files.write(descriptor, offset, data),
+            lambda offset, data: self._write(descriptor, offset, data),
             size_bytes=disk.size_bytes,
             cluster_bytes=disk.cluster_bytes if backing else FULL_CLUSTER_BYTES,
             backing=backing,
@@ -171,26 +178,40 @@ class Incoming:
         assert self._writer is not None
         size = self._writer.finish()
         self._files.set_size(self._descriptor, size)
-        self._files.sync(self._descriptor)
-        self._sizes.append(size)
+        self._written.append((self._descriptor, size))
         self._writer = None
 
+    def _write(self, descriptor: int, offset: int, data: bytes | memoryview) -> None:
+        self._files.write(descriptor, offset, data)
+        # The writer allocates in ascending order: what lies behind is not touched again, but for its header.
+        end = offset + len(data)
+        if end - self._writing_back >= WRITEBACK_BYTES:
+            self._files.start_writeback(descriptor, self._writing_back, end - self._writing_back)
+            self._writing_back = end
+
     def _sync_all(self) -> None:
-        self._files.sync(self._descriptor)
-        self._flush_index()
+        for descriptor, _ in self._written:
+            self._files.sync(descriptor)
+        self._files.sync(self._index)
         self.durable = self.taken
-        self._unsynced = 0
 
     def _flush_index(self) -> None:
         self._files.write(self._index, self._index_bytes, bytes(self._index_buffer))
         self._index_bytes += len(self._index_buffer)
         self._index_buffer.clear()
 
-    def _manifest(self, trailer: Trailer, source_digest: str, committed_at: str, poll: Poll) -> Manifest:
+    def _with_digests(self, manifest: Manifest, poll: Poll) -> Manifest:
+        def digested(file: FileDigest) -> FileDigest:
+            return FileDigest(file.name, *digest_file(self._path / file.name, poll))
+
+        disks = [attrs.evolve(disk, file=digested(disk.file)) for disk in manifest.disks]
+        return attrs.evolve(manifest, index=digested(manifest.index), disks=disks)
+
+    def _manifest(self, trailer: Trailer, source_digest: str, committed_at: str) -> Manifest:
+        """Without the target's own digests of its files: those come from reading them again."""
         header = self.header
         disks = []
         for number, disk in enumerate(header.disks):
-            size, digest = digest_file(self._path / disk_file(disk.name), poll)
             disks.append(
                 DiskRecord(
                     name=disk.name,
@@ -203,10 +224,9 @@ class Incoming:
                     exact=disk.exact,
                     over_report_bytes=disk.over_report_bytes,
                     digest=trailer.disk_digests[number].hex(),
-                    file=FileDigest(disk_file(disk.name), size, digest),
+                    file=FileDigest(disk_file(disk.name), self._written[number][1], ""),
                 )
             )
-        index_size, index_digest = digest_file(self._path / INDEX, poll)
         config = header.config.encode()
         return Manifest(
             vm=header.vm,
@@ -219,6 +239,6 @@ class Incoming:
             source_digest=source_digest,
             export_digest=trailer.digest.hex(),
             config=FileDigest(CONFIG, len(config), blake3(config).hexdigest()),
-            index=FileDigest(INDEX, index_size, index_digest),
+            index=FileDigest(INDEX, self._index_bytes, ""),
             disks=disks,
         )

@@ -18,7 +18,10 @@ from diskd.errors import Refused
 
 _AT_FDCWD: Final = -100
 _RENAME_EXCHANGE: Final = 2
+_SYNC_FILE_RANGE_WRITE: Final = 2
 _READ_BYTES: Final = 1 << 20
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
 
 
 class RepositoryFiles:
@@ -40,6 +43,11 @@ class RepositoryFiles:
     def set_size(self, descriptor: int, size: int) -> None:
         """Sparse."""
         os.ftruncate(descriptor, size)
+
+    def start_writeback(self, descriptor: int, offset: int, length: int) -> None:
+        """Have a range's dirty pages on their way, so that a later sync has little left to wait for. No
+        promise of any kind, and so no error."""
+        _libc.sync_file_range(descriptor, offset, length, _SYNC_FILE_RANGE_WRITE)
 
     def sync(self, descriptor: int) -> None:
         """Final if it fails."""
@@ -66,8 +74,7 @@ class RepositoryFiles:
 
     def exchange(self, one: Path, other: Path) -> None:
         """Swap two directories, atomically. Raises Refused where the file system cannot."""
-        libc = ctypes.CDLL(None, use_errno=True)
-        result = libc.renameat2(
+        result = _libc.renameat2(
             _AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), ctypes.c_uint(_RENAME_EXCHANGE)
         )
         if result != 0:
@@ -87,9 +94,10 @@ class RepositoryFiles:
 def digest_file(path: Path, poll: Callable[[], None]) -> tuple[int, str]:
     """(size, BLAKE3 in hex) of a file's bytes; ``poll`` is called about once a megabyte and may raise."""
     digest, size = blake3(), 0
+    buffer = bytearray(_READ_BYTES)
     with path.open("rb", buffering=0) as file:
-        while data := file.read(_READ_BYTES):
-            digest.update(data)
-            size += len(data)
+        while count := file.readinto(buffer):
+            digest.update(memoryview(buffer)[:count])
+            size += count
             poll()
     return size, digest.hexdigest()

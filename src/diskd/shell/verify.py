@@ -6,14 +6,16 @@ holds besides its frames (the filling of partial clusters) with the base. The sa
 before a commit whether the new point may be shown at all.
 """
 
+import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from daemonkit.units import GiB, MiB
 from diskd.core.catalog import FileDigest, Manifest
 from diskd.core.frame_index import DiskFrames
 from diskd.core.stream import FrameKind
-from diskd.errors import Damaged
+from diskd.errors import Damaged, Refused
 from diskd.shell.chain_view import ChainView, open_point
 from diskd.shell.repository_files import digest_file
 
@@ -25,12 +27,34 @@ _FILL_PORTION = 1 * MiB
 Poll = Callable[[], None]
 
 
-def verify_point(
-    directory: Path, chain: Sequence[Manifest], *, poll: Poll, top: Path | None = None
-) -> tuple[int, list[str]]:
+class Stop:
+    """For a thread beside one that may be cancelled: its ``poll`` raises once the block has been left."""
+
+    def __init__(self) -> None:
+        self._left = threading.Event()
+
+    def __enter__(self) -> "Stop":
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._left.set()
+
+    def poll(self) -> None:
+        if self._left.is_set():
+            raise Refused("ended before it was complete")
+
+
+def verify_point(directory: Path, chain: Sequence[Manifest], *, poll: Poll) -> tuple[int, list[str]]:
     """(bytes read, problems) of the first point of the chain. Nothing is raised for what is found."""
-    manifest = chain[0]
-    path = top or directory / manifest.point
+    path = directory / chain[0].point
+    with ThreadPoolExecutor(1) as thread, Stop() as stop:
+        files = thread.submit(_check_files, path, chain[0], stop.poll)
+        total, problems = verify_content(directory, chain, poll=poll)
+        file_bytes, file_problems = files.result()
+    return total + file_bytes, list(dict.fromkeys(file_problems + problems))[:PROBLEMS_MAX]
+
+
+def _check_files(path: Path, manifest: Manifest, poll: Poll) -> tuple[int, list[str]]:
     problems: list[str] = []
     total = 0
     for file in (manifest.config, manifest.index, *(disk.file for disk in manifest.disks)):
@@ -38,6 +62,16 @@ def verify_point(
         total += size
         if problem:
             problems.append(problem)
+    return total, problems
+
+
+def verify_content(
+    directory: Path, chain: Sequence[Manifest], *, poll: Poll, top: Path | None = None
+) -> tuple[int, list[str]]:
+    """As verify_point, but for the target's own digests of the files: what the files mean."""
+    manifest = chain[0]
+    problems: list[str] = []
+    total = 0
     try:
         with open_point(directory, chain, top=top) as opened:
             for disk in manifest.disks:
@@ -48,7 +82,7 @@ def verify_point(
         problems.append(str(error))
     except OSError as error:
         problems.append(f"{manifest.vm}/{manifest.point}: {error.filename or 'read'}: {error.strerror}")
-    return total, list(dict.fromkeys(problems))[:PROBLEMS_MAX]
+    return total, problems
 
 
 def _check_file(path: Path, manifest: Manifest, file: FileDigest, poll: Poll) -> tuple[int, str | None]:
