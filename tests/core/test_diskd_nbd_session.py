@@ -3,6 +3,7 @@
 import errno
 import struct
 
+import attrs
 import nbd_client as client
 import pytest
 
@@ -95,6 +96,18 @@ def test_go_tells_size_flags_and_block_sizes() -> None:
     assert replies[1].data == b"\x00\x01disk"
     assert struct.unpack(">HIII", replies[2].data) == (3, 1, 4096, 64 * MiB)
     assert peer.session.state is State.TRANSMISSION
+
+
+def test_fast_zero_only_where_it_was_offered() -> None:
+    fast = attrs.evolve(FACTS, fast_zero=True)
+    replies = haggling_peer(fast).options(client.go("disk"))
+    assert struct.unpack(">HQH", replies[0].data)[2] & 1 << 11
+    request = client.request(client.WRITE_ZEROES, 0, 512, flags=16 | client.NO_HOLE)
+    (event,) = open_peer(fast).send(request)
+    assert isinstance(event, Request)
+    assert not event.may_trim
+    assert open_peer(FACTS).requests(request)[0].error == errno.EINVAL
+    assert open_peer(fast).requests(client.request(client.TRIM, 0, 512, flags=16))[0].error == errno.EINVAL
 
 
 def test_info_leaves_the_client_haggling() -> None:

@@ -1,9 +1,11 @@
 """`diskd nbd`, started by the client over socket activation or as inetd does; fio and nbdkit as judges."""
 
+import json
 import os
 import signal
 import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import nbd_client as client
@@ -29,12 +31,21 @@ def raw_file(path: Path, size: int = 8 * MiB) -> tuple[Path, bytes]:
     return path, data
 
 
+def zeroes_fast(path: Path) -> bool:
+    """By util-linux: whether the file system zeroes a range without writing it."""
+    probe = path.with_name("probe")
+    probe.write_bytes(b"x" * 8192)
+    done = subprocess.run(["fallocate", "-z", "-n", "-l", "8192", probe], capture_output=True, check=False)
+    return done.returncode == 0
+
+
 async def test_a_raw_file_for_libnbds_tools(tmp_path: Path) -> None:
     need("nbdinfo")
     need("nbdcopy")
     path, data = raw_file(tmp_path / "disk.img")
     server = ["[", DISKD, "nbd", "--raw", str(path), "]"]
     assert (await good("nbdinfo", "--size", "--", *server)).out.strip() == str(len(data))
+    assert zeroes_fast(path) == ((await run("nbdinfo", "--can", "fast-zero", "--", *server)).code == 0)
     copy = tmp_path / "copy.img"
     await good("nbdcopy", "--", *server, str(copy))
     assert copy.read_bytes() == data
@@ -123,6 +134,42 @@ async def test_a_wrong_activation_is_one_line(tmp_path: Path) -> None:
     outcome = await run("sh", "-c", script)
     assert outcome.code == 1
     assert outcome.err == "diskd: LISTEN_FDS: descriptor 3 is not a listening socket\n"
+
+
+ACTIVATE = """
+import os, sys
+listener, *argv = sys.argv[1:]
+os.dup2(int(listener), 3)
+os.execve(argv[0], argv, {**os.environ, "LISTEN_PID": str(os.getpid()), "LISTEN_FDS": "1"})
+"""
+
+
+async def test_diskd_run_takes_systemds_socket(tmp_path: Path) -> None:
+    need("nbdinfo")
+    (tmp_path / "root").mkdir()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        argv = [sys.executable, "-c", ACTIVATE, str(listener.fileno()), DISKD, "run"]
+        argv += ["--root", str(tmp_path / "root"), "--control", "127.0.0.1:0"]
+        process = await trio.lowlevel.open_process(
+            argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, pass_fds=(listener.fileno(),)
+        )
+        try:
+            assert process.stdout is not None
+            async with process.stdout:
+                with trio.fail_after(30):
+                    ready = json.loads(await process.stdout.receive_some(65536))
+                assert ready["nbd"] == f"127.0.0.1:{listener.getsockname()[1]}"
+                await good(
+                    str(BINARIES / "diskctl"), "--control", ready["control"], "image", "create", "d", "8MiB"
+                )
+                assert (await good("nbdinfo", "--size", f"nbd://{ready['nbd']}/d")).out.strip() == str(
+                    8 * MiB
+                )
+                process.send_signal(signal.SIGTERM)
+                with trio.fail_after(20):
+                    assert await process.wait() == 0
+        finally:
+            process.kill()
 
 
 async def test_fio_verifies_what_it_wrote(tmp_path: Path) -> None:

@@ -63,6 +63,8 @@ def run(
     Export names:  IMAGE             read-write while the image is under no lease
                    IMAGE@EPOCH       read-write under the lease with exactly that epoch
                    IMAGE:CHECKPOINT  a frozen view, with a dirty bitmap per reference point
+
+    Sockets that systemd passes on (LISTEN_FDS) serve NBD; then TCP only where --nbd says so.
     """
     from diskd.config import load_settings, show_settings  # Kept out of --help's way.
 
@@ -74,13 +76,15 @@ def run(
         raise OperatorError(f"{root}: no such directory; make it first (an unmounted disk looks the same)")
     if settings.shared_dir is not None and not Path(settings.shared_dir).is_dir():
         raise OperatorError(f"shared_dir {settings.shared_dir}: no such directory; name one on a tmpfs")
+    from diskd.shell.activation import inherited_listeners
     from diskd.shell.daemon import Listen, run_daemon
 
     keys = [key for file in key_files or (None,) if (key := read_key(file)) is not None]
     set_up(level=log_level)
-    if nbd is None and nbd_socket is None:
+    inherited = inherited_listeners(os.environ)
+    if nbd is None and nbd_socket is None and not inherited:
         nbd = Address.parse(NBD_DEFAULT)
-    listen = Listen(control, nbd, nbd_socket)
+    listen = Listen(control, nbd, nbd_socket, inherited)
     run_async(lambda: run_daemon(root, settings, listen, keys))
 
 

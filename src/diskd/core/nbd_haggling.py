@@ -32,6 +32,7 @@ class ExportFacts:
     multi_conn: bool
     preferred_block_bytes: int
     points: tuple[str, ...] = ()
+    fast_zero: bool = False
 
 
 @attrs.frozen
@@ -221,6 +222,8 @@ class Haggling:
         else:
             flags |= TransmissionFlag.SEND_FUA | TransmissionFlag.SEND_TRIM
             flags |= TransmissionFlag.SEND_WRITE_ZEROES
+            if facts.fast_zero:
+                flags |= TransmissionFlag.SEND_FAST_ZERO
         if facts.multi_conn:
             flags |= TransmissionFlag.CAN_MULTI_CONN
         if self.structured:

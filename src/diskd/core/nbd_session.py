@@ -58,6 +58,7 @@ _FUA: Final = int(CommandFlag.FUA)
 _NO_HOLE: Final = int(CommandFlag.NO_HOLE)
 _DF: Final = int(CommandFlag.DF)
 _REQ_ONE: Final = int(CommandFlag.REQ_ONE)
+_FAST_ZERO: Final = int(CommandFlag.FAST_ZERO)
 
 
 class Request(NamedTuple):
@@ -96,7 +97,7 @@ _FLAGS_ALLOWED: Final = {
     Command.FLUSH: CommandFlag.FUA,
     Command.TRIM: CommandFlag.FUA,
     Command.CACHE: CommandFlag.FUA,
-    Command.WRITE_ZEROES: CommandFlag.FUA | CommandFlag.NO_HOLE,
+    Command.WRITE_ZEROES: CommandFlag.FUA | CommandFlag.NO_HOLE | CommandFlag.FAST_ZERO,
     Command.BLOCK_STATUS: CommandFlag.FUA | CommandFlag.REQ_ONE,
 }
 _FLAGS_REFUSED: Final = {command: ~int(allowed) for command, allowed in _FLAGS_ALLOWED.items()}
@@ -314,6 +315,8 @@ class Session:
             if flags & _FLAGS_REFUSED[command]:
                 return errno.EINVAL
             if flags & _DF and not self._structured:
+                return errno.EINVAL
+            if flags & _FAST_ZERO and not self._facts.fast_zero:
                 return errno.EINVAL
         if length > wire.REQUEST_BYTES_MAX and command in _WITH_PAYLOAD:
             return errno.EINVAL

@@ -127,6 +127,7 @@ class TransmissionFlag(enum.IntFlag):
     SEND_DF = 1 << 7
     CAN_MULTI_CONN = 1 << 8
     SEND_CACHE = 1 << 10
+    SEND_FAST_ZERO = 1 << 11
 
 
 class Command(enum.IntEnum):
@@ -145,6 +146,7 @@ class CommandFlag(enum.IntFlag):
     NO_HOLE = 1 << 1
     DF = 1 << 2
     REQ_ONE = 1 << 3
+    FAST_ZERO = 1 << 4
 
 
 class Chunk(enum.IntEnum):
@@ -179,7 +181,7 @@ def wire_error(code: int | None) -> int:
     """The protocol's error number for an errno; what it has no number for is an I/O error.
 
     The server should not send EOVERFLOW but for a DF read that is too long for it, which none is here, nor
-    ENOTSUP but for a fast zero, which we do not offer: these are I/O errors too.
+    ENOTSUP but for a fast zero, which we offer only where it is one: these are I/O errors too.
     """
     return _ERRORS.get(code or 0, _EIO)
 

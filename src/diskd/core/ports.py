@@ -66,7 +66,8 @@ class Device(Protocol):
 class Export:
     """What a name on the NBD wire opens. ``contexts`` are dirty-bitmap points, by point id.
 
-    ``close`` is called once when the connection ends; it is synchronous and never fails.
+    ``close`` is called once when the connection ends; it is synchronous and never fails. ``fast_zero``:
+    zeroing never takes longer than writing zeroes would.
     """
 
     device: Device
@@ -74,6 +75,7 @@ class Export:
     contexts: "dict[str, Callable[[], ChangeReport]]"
     close: Callable[[], None]
     preferred_block_bytes: int = 4096
+    fast_zero: bool = False
 
 
 class ExportCatalog(Protocol):

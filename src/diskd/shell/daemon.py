@@ -8,6 +8,7 @@ closed. A second signal does not hurry it: an image that is not closed cleanly c
 import contextlib
 import resource
 import signal
+import socket
 from collections.abc import AsyncIterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -34,11 +35,15 @@ log = structlog.get_logger("daemon")
 
 @attrs.frozen
 class Listen:
-    """Where to listen; port 0 takes a free one, and the ready line tells which."""
+    """Where to listen; port 0 takes a free one, and the ready line tells which.
+
+    ``inherited``: sockets for NBD that listen already (socket activation).
+    """
 
     control: Address
     nbd: Address | None
     nbd_socket: str | None
+    inherited: Sequence[socket.socket] = ()
 
 
 async def run_daemon(root: Path, settings: Settings, listen: Listen, keys: Sequence[bytes]) -> None:
@@ -74,7 +79,9 @@ async def _serve(
                 nbd = await listeners.start(partial(server.serve_tcp, listen.nbd, outliving=peers))
             if listen.nbd_socket is not None:
                 await listeners.start(partial(server.serve_unix, listen.nbd_socket, outliving=peers))
-            listening = Listening(root, str(nbd) if nbd else None, listen.nbd_socket)
+            for sock in listen.inherited:
+                listeners.start_soon(partial(server.serve_inherited, sock, outliving=peers))
+            listening = _listening(root, nbd, listen)
             registry = Registry()
             Control(library, server, listening).register(registry)
             register_backup(registry, library, key=keys[0] if keys else None)
@@ -86,3 +93,15 @@ async def _serve(
             listeners.cancel_scope.cancel(reason="told to stop")
         await server.drain("diskd is shutting down")
         peers.cancel_scope.cancel(reason="told to stop")
+
+
+def _listening(root: Path, nbd: Address | None, listen: Listen) -> Listening:
+    """What the ready line and ``status`` tell; of inherited sockets the first of each kind."""
+    address, path = str(nbd) if nbd else None, listen.nbd_socket
+    for sock in listen.inherited:
+        name = sock.getsockname()
+        if sock.family == socket.AF_UNIX:
+            path = path or name
+        else:
+            address = address or str(Address(name[0], name[1]))
+    return Listening(root, address, path)

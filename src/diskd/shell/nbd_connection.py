@@ -413,4 +413,5 @@ def _facts(export: Export) -> ExportFacts:
         multi_conn=export.multi_conn,
         preferred_block_bytes=export.preferred_block_bytes,
         points=tuple(export.contexts),
+        fast_zero=export.fast_zero,
     )

@@ -143,7 +143,8 @@ class OpenImage:
         return self._export(self._device(session), epoch, lambda: None)
 
     def _export(self, device: Device, epoch: int | None, close: Callable[[], None]) -> Export:
-        return Export(device, epoch is None, {}, close, self.image.block_bytes)
+        image = self.image
+        return Export(device, epoch is None, {}, close, image.block_bytes, fast_zero=image.raw.zeroes_fast)
 
     def _device(self, session: Session) -> Device:
         def check() -> None:

@@ -49,6 +49,7 @@ class RawFile:
         self._layer = RawLayer(file, file.size_bytes, lambda: None)
         self.size_bytes = file.size_bytes
         # Nothing to do before or after these: they are the layer's own.
+        self.zeroes_fast = self._layer.zeroes_fast
         self.read_nowait = self._layer.read_nowait
         self.read_into_nowait = self._layer.read_into_nowait
         self.write_nowait = self._layer.write_nowait
@@ -82,7 +83,7 @@ class RawFileCatalog:
     """ports.ExportCatalog with one device: the default export, under the empty name."""
 
     def __init__(self, device: RawFile) -> None:
-        self._export = Export(device, True, {}, lambda: None)
+        self._export = Export(device, True, {}, lambda: None, fast_zero=device.zeroes_fast)
 
     def names(self) -> Sequence[str]:
         return [""]

@@ -50,6 +50,7 @@ class RawLayer:
         self._has_nowait = self._probe()
         self._nowait = os.RWF_NOWAIT if self._has_nowait else 0
         self._scratch = bytearray()
+        self.zeroes_fast = system.zeroes_fast(self._descriptor)
 
     def _probe(self) -> bool:
         """Whether this file system knows RWF_NOWAIT (ext4 and xfs do; tmpfs does not, and never waits)."""
