@@ -1,5 +1,6 @@
 """``clusterd``: one node, the witness, and the simulator."""
 
+import time
 from pathlib import Path
 
 import click
@@ -74,13 +75,16 @@ def simulate(scenario: Path, seed: int | None, rewrite: bool) -> None:
 
     if rewrite and seed is not None:
         raise UsageError("--rewrite takes the scenario's own seed")
+    begun = time.perf_counter()
     result = simulator.rewrite(scenario) if rewrite else simulator.simulate(scenario, seed)
+    took = time.perf_counter() - begun
     for line in result.trace:
         click.echo(line)
     if result.failures:
         raise OperatorError(f"{result.name} with seed {result.seed} failed: {'; '.join(result.failures)}")
     seconds = result.virtual_ns / SECOND
-    click.echo(f"{result.name}: passed with seed {result.seed}, {seconds:.1f} s of virtual time", err=True)
+    speed = f"{seconds:.1f} s of virtual time in {took:.2f} s ({seconds / took:.0f} times real time)"
+    click.echo(f"{result.name}: passed with seed {result.seed}, {speed}", err=True)
 
 
 @cli.command()

@@ -6,7 +6,7 @@ from typing import Any, Final
 import attrs
 
 from clusterd.core import records
-from clusterd.core.effects import Act, NoteEvent, Persist, Ready, SendHeartbeat
+from clusterd.core.effects import NOTHING, Act, NoteEvent, Persist, Ready, SendHeartbeat
 from clusterd.core.liveness import Contacts
 from clusterd.core.properties import Properties
 from clusterd.core.state import NodeState, encode_state
@@ -83,6 +83,8 @@ class Desk:
 
     def take(self) -> Ready:
         """The effects collected, in their order of duty."""
+        if not (self.acts or self.sends or self.is_dirty):
+            return NOTHING
         persist = None
         if self.is_dirty:
             self.ticket += 1

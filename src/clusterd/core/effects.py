@@ -13,7 +13,7 @@ same thing while a request is open, so a lost answer would stall that one thing 
 Effects without ``request`` and without a named event are done and forgotten.
 """
 
-from typing import Any
+from typing import Any, Final
 
 import attrs
 
@@ -232,3 +232,6 @@ class Ready:
     persist: Persist | None = None
     send: tuple[SendHeartbeat, ...] = ()
     act: tuple[Act, ...] = ()
+
+
+NOTHING: Final = Ready()

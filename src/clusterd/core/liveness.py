@@ -27,6 +27,11 @@ import attrs
 from clusterd.core.messages import Heartbeat, Row, peer_id
 
 UNKNOWN: Final = (0, 0)
+NEWEST: Final = Row(
+    1 << 62, 0, hears_leader=True
+)  # above every counter: nothing is newer of a node that is no peer
+MARKS_PER_ISOLATION: Final = 4
+MARKS_MAX: Final = 16  # the peer may go by a longer isolation time than we
 SENT_KEPT_FACTOR: Final = 2  # acknowledgements older than this many isolation times say nothing new
 
 
@@ -35,6 +40,7 @@ class Peer:
     """What is known of one other node. Times are on our clock; None: never."""
 
     name: str
+    id: int = 0
     counter: tuple[int, int] = UNKNOWN
     advanced_at: int | None = None
     direct_counter: tuple[int, int] = UNKNOWN
@@ -42,7 +48,8 @@ class Peer:
     networks: dict[str, int] = attrs.field(factory=dict)
     acknowledged_at: int | None = None  # when we sent the newest of ours that it has
     hears_leader: bool = False
-    hears: dict[str, tuple[tuple[int, int], int]] = attrs.field(factory=dict)
+    rows: dict[int, Row] = attrs.field(factory=dict)  # of its newest heartbeat
+    marks: list[tuple[int, dict[int, Row]]] = attrs.field(factory=list)  # its rows some time ago
     in_contact: bool = False
     isolation_ns: int = 0  # what its newest heartbeat said that it goes by
     met: bool = False  # has been in contact, and has heard us, since this clusterd began
@@ -60,13 +67,18 @@ class Contacts:
     sent: dict[int, int] = attrs.field(factory=dict)
     own_id: int = 0
     names: dict[int, str] = attrs.field(factory=dict)
+    known: dict[int, Row] = attrs.field(factory=dict)  # every peer's counter by id, as the last row of it
+    without_contact: int = 0
 
     @classmethod
     def of(cls, name: str, incarnation: int, peers: tuple[str, ...], isolation_ns: int) -> "Contacts":
         """A detector that knows nobody yet."""
         ids = {peer_id(peer): peer for peer in peers if peer != name}
-        members = {peer: Peer(peer) for peer in sorted(ids.values())}
-        return cls(name, incarnation, isolation_ns, members, own_id=peer_id(name), names=ids)
+        members = {peer: Peer(peer, peer_id(peer)) for peer in sorted(ids.values())}
+        detector = cls(name, incarnation, isolation_ns, members, own_id=peer_id(name), names=ids)
+        detector.known = dict.fromkeys(ids, Row(*UNKNOWN, hears_leader=True))
+        detector.without_contact = len(members)
+        return detector
 
     def go_by(self, isolation_ns: int, now: int) -> None:
         """Another isolation time from now on. The peers acknowledged what we sent at the former pace, so
@@ -106,30 +118,33 @@ class Contacts:
         peer.direct_counter, peer.direct_at = counter, now
         peer.hears_leader, peer.isolation_ns = heartbeat.hears_leader, heartbeat.isolation_ns
         if counter > peer.counter:
-            peer.counter, peer.advanced_at = counter, now
-        for identifier, row in heartbeat.rows.items():
-            if identifier == self.own_id:
-                self._acknowledged(peer, row)
-            else:
-                self._relayed(peer, identifier, row, now)
-        return True
-
-    def _acknowledged(self, peer: Peer, row: Row) -> None:
-        if row.incarnation == self.incarnation:
-            sent_at = self.sent.get(row.sequence)
+            self._advanced(peer, counter, now)
+        known = self.known
+        for identifier, row in [r for r in heartbeat.rows.items() if r[1] > known.get(r[0], NEWEST)]:
+            other = self.peers[self.names[identifier]]
+            if other is not peer:
+                self._advanced(other, (row.incarnation, row.sequence), now)
+        own = heartbeat.rows.get(self.own_id)
+        if own is not None and own.incarnation == self.incarnation:
+            sent_at = self.sent.get(own.sequence)
             if sent_at is not None and (peer.acknowledged_at is None or sent_at > peer.acknowledged_at):
                 peer.acknowledged_at = sent_at
+        peer.rows = heartbeat.rows
+        if not peer.marks or now >= peer.marks[-1][0] + self.isolation_ns // MARKS_PER_ISOLATION:
+            self._mark(peer, now)
+        return True
 
-    def _relayed(self, by: Peer, identifier: int, row: Row, now: int) -> None:
-        name = self.names.get(identifier)
-        if name is None or name == by.name:
-            return
-        counter = (row.incarnation, row.sequence)
-        if counter > by.hears.get(name, (UNKNOWN, 0))[0]:
-            by.hears[name] = (counter, now)
-        peer = self.peers[name]
-        if counter > peer.counter:
-            peer.counter, peer.advanced_at = counter, now
+    def _advanced(self, peer: Peer, counter: tuple[int, int], now: int) -> None:
+        peer.counter, peer.advanced_at = counter, now
+        self.known[peer.id] = Row(*counter, hears_leader=True)
+
+    def _mark(self, peer: Peer, now: int) -> None:
+        """Remember what it knew, to see later which of its evidence has advanced: one mark older than the
+        isolation time is kept."""
+        peer.marks.append((now, peer.rows))
+        while len(peer.marks) > 2 and peer.marks[1][0] + self.lasts_ns(peer) <= now:
+            del peer.marks[0]
+        del peer.marks[:-MARKS_MAX]
 
     def newer_self(self, heartbeat: Heartbeat) -> int | None:
         """The incarnation to jump above, if somebody knows a newer us than we are: our state file was
@@ -150,11 +165,15 @@ class Contacts:
     def judge(self, peer: Peer, now: int) -> bool:
         """The rule of contact (DESIGN "Contact"). What the peer knew of us is judged as of its newest own
         heartbeat: later than that it has said nothing, and is believed to hear us by way of others."""
-        if not self.is_fresh(peer, peer.advanced_at, now):
+        lasts = self.isolation_ns
+        if peer.isolation_ns > lasts:
+            lasts = peer.isolation_ns
+        advanced_at, direct_at, acknowledged_at = peer.advanced_at, peer.direct_at, peer.acknowledged_at
+        if advanced_at is None or now >= advanced_at + lasts:
             return False
-        if peer.direct_at is not None and self.is_fresh(peer, peer.direct_at, now):
-            return self.is_fresh(peer, peer.acknowledged_at, peer.direct_at)
-        return True
+        if direct_at is None or now >= direct_at + lasts:
+            return True
+        return acknowledged_at is not None and direct_at < acknowledged_at + lasts
 
     def evaluate(self, now: int, *, losses: bool) -> list[Peer]:
         """Judge every peer; those whose contact changed, in name order. ``losses`` False: contact is only
@@ -165,6 +184,7 @@ class Contacts:
             verdict = self.judge(peer, now)
             if verdict != peer.in_contact and (verdict or losses):
                 peer.in_contact = verdict
+                self.without_contact += -1 if verdict else 1
                 # A relay of an older us proves nothing: only who knows this incarnation of ours was met.
                 peer.met = peer.met or (verdict and peer.acknowledged_at is not None)
                 changed.append(peer)
@@ -173,9 +193,10 @@ class Contacts:
     def would_change(self, sender: str, now: int) -> bool | None:
         """Whether a heartbeat that has just come gains a contact (True), or ends the sender's (None). Cheap,
         for every datagram: it can end no other contact, and gain only one that is not there."""
-        for peer in self.peers.values():
-            if not peer.in_contact and self.judge(peer, now):
-                return True
+        if self.without_contact:
+            for peer in self.peers.values():
+                if not peer.in_contact and self.judge(peer, now):
+                    return True
         peer = self.peers[sender]
         return None if peer.in_contact and not self.judge(peer, now) else False
 
@@ -205,6 +226,15 @@ class Contacts:
             peer.acknowledged_at = younger(peer.acknowledged_at)
         self.sent = {sequence: min(at + duration_ns, now) for sequence, at in self.sent.items()}
 
+    def _has_fresh(self, by: Peer, of: Peer, now: int) -> bool:
+        """Whether a peer's own heartbeats show that its evidence of another has advanced lately."""
+        row = by.rows.get(of.id)
+        if row is None or not self.is_fresh(of, by.direct_at, now):
+            return False
+        before = [rows for at, rows in by.marks if not self.is_fresh(of, at, now)]
+        old = before[-1].get(of.id) if before else None
+        return old is None or row[:2] > old[:2]
+
     def reachability(self, now: int) -> dict[str, dict[str, str]]:
         """Who hears whom: ``both``, ``in`` (the row's node hears the column's), ``out``, ``none``.
 
@@ -216,8 +246,7 @@ class Contacts:
                 return self.is_fresh(self.peers[b], self.peers[b].direct_at, now)
             if b == self.name:
                 return self.is_fresh(self.peers[a], self.peers[a].acknowledged_at, now)
-            row = self.peers[a].hears.get(b)
-            return row is not None and self.is_fresh(self.peers[b], row[1], now)
+            return self._has_fresh(self.peers[a], self.peers[b], now)
 
         everybody = sorted([self.name, *self.peers])
         words = {(True, True): "both", (True, False): "in", (False, True): "out", (False, False): "none"}

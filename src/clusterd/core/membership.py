@@ -32,6 +32,17 @@ def in_contact(desk: Desk, node: str) -> bool:
     return peer is not None and peer.in_contact
 
 
+def all_in_contact(desk: Desk) -> bool:
+    """Whether contact holds with every member: the usual case, told at once."""
+    if desk.contacts.without_contact:
+        return False
+    memo = desk.view.memo
+    found: bool | None = memo.get("all are peers")
+    if found is None:
+        found = memo["all are peers"] = desk.view.members().keys() <= {desk.name, *desk.contacts.peers}
+    return found
+
+
 def is_lost(desk: Desk, node: str) -> bool:
     """No contact, and not merely because this clusterd, or that one, has just begun: who was never met is
     given one isolation time from when both of us were there to be heard."""
@@ -82,6 +93,14 @@ def liveness(desk: Desk, node: str) -> Liveness:
 
 def admission(desk: Desk, node: str) -> Admission:
     """What the store says the node may do."""
+    memo = desk.view.memo
+    found: Admission | None = memo.get(("admission", node))
+    if found is None:
+        found = memo["admission", node] = _admission(desk, node)
+    return found
+
+
+def _admission(desk: Desk, node: str) -> Admission:
     member = desk.view.record(f"members/{node}", records.Member)
     if member is not None and member.admission == "leaving":
         return Admission.LEAVING
@@ -112,11 +131,22 @@ def why_not_placed(desk: Desk, node: str) -> str:
 
 def counted_members(desk: Desk) -> list[str]:
     """Members that count for majorities: quarantined and leaving ones take part in nothing."""
-    return [
-        name
-        for name in desk.view.members()
-        if admission(desk, name) not in (Admission.QUARANTINED, Admission.LEAVING)
-    ]
+    memo = desk.view.memo
+    found: list[str] | None = memo.get("counted")
+    if found is None:
+        apart = (Admission.QUARANTINED, Admission.LEAVING)
+        found = memo["counted"] = [name for name in desk.view.members() if admission(desk, name) not in apart]
+    return found
+
+
+def _counted_present(desk: Desk) -> list[str]:
+    """Those of them whose presence key is alive."""
+    memo = desk.view.memo
+    found: list[str] | None = memo.get("present")
+    if found is None:
+        found = [name for name in counted_members(desk) if desk.view.presence(name) is not None]
+        memo["present"] = found
+    return found
 
 
 def standing(desk: Desk) -> Standing:
@@ -124,11 +154,13 @@ def standing(desk: Desk) -> Standing:
 
     A leaving or quarantined node decides nothing, unless no counted member is alive at all: then somebody
     has to be able to end the quarantine or the leave."""
-    alive = [name for name in counted_members(desk) if desk.view.presence(name) is not None]
+    alive = _counted_present(desk)
     if not alive:
         alive = [name for name in desk.view.members() if desk.view.presence(name) is not None]
     if desk.name not in alive:
         return "minority"
+    if all_in_contact(desk):
+        return "majority"
     ours = sum(1 for name in alive if in_contact(desk, name))
     if 2 * ours > len(alive):
         return "majority"
@@ -142,7 +174,7 @@ def may_be_us(desk: Desk) -> bool:
     come back one after the other as well, so for one isolation time after our own return nobody is blamed."""
     if desk.now < desk.back_since + desk.properties.isolation_ns:
         return True
-    names = [name for name in counted_members(desk) if desk.view.presence(name) is not None]
+    names = _counted_present(desk)
     recent = sum(1 for name in names if name == desk.name or _is_recent(desk, name))
     return 2 * recent < len(names)
 
@@ -157,6 +189,8 @@ def _is_recent(desk: Desk, node: str) -> bool:
 
 def judge_self(desk: Desk) -> bool:
     """Whether we are isolated ourselves."""
+    if all_in_contact(desk):
+        return False
     members = counted_members(desk)
     ours = sum(1 for name in members if in_contact(desk, name) or not is_lost(desk, name))
     if desk.name not in members:  # not counted, but the verdict is about the others' majority all the same

@@ -6,9 +6,10 @@ of three integers per peer, because 64 nodes must fit into 1,400 bytes: the peer
 name), its incarnation, and sequence * 2 + "hears the leader".
 """
 
+import functools
 import hashlib
 import hmac
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import attrs
 
@@ -26,15 +27,16 @@ INCARNATION_MAX: Final = (1 << 32) - 1
 SEQUENCE_MAX: Final = (1 << 40) - 1
 ISOLATION_MS_MAX: Final = 60_000_000  # the longest interval times the highest threshold
 HEARS_LEADER: Final = 1
+REMEMBERED_MAX: Final = 2 * NODES_MAX
 
 
 class HeartbeatRejected(ProtocolError):
     """A datagram that is not a heartbeat of this cluster under one of our keys."""
 
 
-@attrs.frozen
-class Row:
-    """The newest counter of a peer known by any route, and whether that peer hears the leader."""
+class Row(NamedTuple):
+    """The newest counter of a peer known by any route, and whether that peer hears the leader. A tuple, since
+    63 of them are made and compared for every datagram."""
 
     incarnation: int
     sequence: int
@@ -89,8 +91,12 @@ def _is_count(value: Any, maximum: int) -> bool:
     return type(value) is int and 0 <= value <= maximum
 
 
+@functools.lru_cache(maxsize=REMEMBERED_MAX)
 def decode_heartbeat(cluster: str, keys: tuple[bytes, ...], data: bytes) -> Heartbeat:
-    """The heartbeat. Raises HeartbeatRejected for everything else, and nothing else."""
+    """The heartbeat. Raises HeartbeatRejected for everything else, and nothing else.
+
+    The last ones are remembered: the same datagram comes over every network, and in the simulator to every
+    node. What is returned is not to be changed."""
     try:
         outer = decode(data, size_bytes_max=DATAGRAM_BYTES_MAX)
     except CodecError as error:
@@ -127,15 +133,18 @@ def _read_body(cluster: str, fields: list[Any]) -> Heartbeat:
         raise HeartbeatRejected("its rows are out of range")
     if len(flat) % 3:
         raise HeartbeatRejected("its rows are incomplete")
-    rows: dict[int, Row] = {}
-    for index in range(0, len(flat), 3):
-        identifier, peer_incarnation, packed = flat[index], flat[index + 1], flat[index + 2]
-        if not (
-            _is_count(identifier, INCARNATION_MAX)
-            and _is_count(peer_incarnation, INCARNATION_MAX)
-            and _is_count(packed, 2 * SEQUENCE_MAX + 1)
-        ):
-            raise HeartbeatRejected("a row is out of range")
-        rows[identifier] = Row(peer_incarnation, packed >> 1, bool(packed & 1))
+    identifiers, incarnations, packed = flat[0::3], flat[1::3], flat[2::3]
+    if flat and not (
+        set(map(type, flat)) == {int}
+        and min(flat) >= 0
+        and max(identifiers) <= INCARNATION_MAX
+        and max(incarnations) <= INCARNATION_MAX
+        and max(packed) <= 2 * SEQUENCE_MAX + 1
+    ):
+        raise HeartbeatRejected("a row is out of range")
+    rows = {
+        identifier: Row(peer_incarnation, both >> 1, bool(both & 1))
+        for identifier, peer_incarnation, both in zip(identifiers, incarnations, packed, strict=True)
+    }
     hears_leader = bool(flags & HEARS_LEADER)
     return Heartbeat(node, incarnation, sequence, hears_leader, rows, isolation_ms * MILLISECOND)

@@ -104,8 +104,11 @@ class NodeCore:
 
     def next_deadline(self) -> int | None:
         """When DeadlineReached is due, in the time of ``now``."""
-        due = [at for at in (self.beat_at, self.contact_at, self.desk.wake_at) if at is not None]
-        return min(due, default=None)
+        first = self.beat_at
+        for at in (self.contact_at, self.desk.wake_at):
+            if at is not None and (first is None or at < first):
+                first = at
+        return first
 
     # -- taking events in: each returns whether a round of decisions must follow
 

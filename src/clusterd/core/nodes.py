@@ -20,7 +20,7 @@ import attrs
 from clusterd.core import quarantine, records
 from clusterd.core.desk import Desk
 from clusterd.core.isolation import longest_ns, opened, progressed
-from clusterd.core.membership import counted_members, goodbye, in_contact, is_lost, may_be_us
+from clusterd.core.membership import all_in_contact, counted_members, goodbye, in_contact, is_lost, may_be_us
 from clusterd.core.records import HeldItem, NodeRecord
 from clusterd.core.store_session import StoreSession
 from clusterd.core.types import EventName
@@ -53,6 +53,8 @@ class NodeRecords:
     def observe(self) -> None:
         """Every round, leader or not: remember isolations that may stay uncounted."""
         desk = self.desk
+        if all_in_contact(desk) and not (desk.is_self_isolated or self.lost_at or self.uncounted):
+            return
         members = counted_members(desk)
         reached = sum(1 for name in members if in_contact(desk, name))
         sees_majority = 2 * reached > len(members) and not may_be_us(desk)

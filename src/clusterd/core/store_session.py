@@ -53,6 +53,7 @@ class StoreSession:
     writes: dict[int, OpenWrite] = attrs.field(factory=dict)
     is_foreign: bool = False
     epoch_seen: int = 0
+    expected_version: int = -1
 
     @property
     def is_usable(self) -> bool:
@@ -137,6 +138,9 @@ class StoreSession:
     def _expect(self) -> None:
         """Remember since when we could have heard each node that is present (``membership.is_lost``)."""
         desk = self.desk
+        if desk.view.version == self.expected_version:
+            return
+        self.expected_version = desk.view.version
         for name in desk.view.members():
             presence = desk.view.presence(name)
             if presence is not None and presence.incarnation > desk.expected.get(name, (0, 0))[0]:
@@ -145,10 +149,11 @@ class StoreSession:
     def _check_identity(self, event: events.StoreSnapshot) -> None:
         """S6: raises StoreUnknown for a store that is empty, older or another one's."""
         desk, found, newest = self.desk, None, 0
+        id_key, epoch_key = desk.view.prefix + "id", desk.view.prefix + "epoch"
         for entry in event.entries:
-            if entry.key == desk.view.prefix + "id":
+            if entry.key == id_key:
                 found = records.decode_record(records.ClusterId, "id", entry.value).id
-            elif entry.key == desk.view.prefix + "epoch":
+            elif entry.key == epoch_key:
                 newest = records.decode_record(records.EpochCounter, "epoch", entry.value).epoch
         known = desk.state.store_id
         remedy = "it is not used until an operator restores the right one"

@@ -2,7 +2,7 @@
 plus its own successful writes since. Records are parsed once per revision."""
 
 from collections.abc import Iterator
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import attrs
 
@@ -11,6 +11,7 @@ from clusterd.core.events import StoreEntry
 from clusterd.core.properties import Properties, parse_properties
 
 R = TypeVar("R")
+NOTHING_RECORDED: Final = records.NodeRecord()
 
 
 @attrs.frozen
@@ -37,14 +38,18 @@ class StoreView:
     version: int = 0  # counts changes of the picture
     _members: dict[str, records.Member] | None = None
     _vms: list[str] | None = None
+    memo: dict[Any, Any] = attrs.field(factory=dict)  # what others derived from this version of the picture
 
     def _changed(self) -> None:
         self.version += 1
         self._members = self._vms = None
+        self.memo.clear()
 
     def replace(self, revision: int, entries: tuple[StoreEntry, ...]) -> bool:
         """Take in a full read; whether anything changed. Raises StoreUnknown for a record that does not
         read, and then keeps the old picture."""
+        if self.has_read and revision == self.revision == self.read_revision:
+            return False
         fresh: dict[str, Seen] = {}
         changed = False
         for entry in sorted(entries, key=lambda e: e.key):
@@ -129,7 +134,7 @@ class StoreView:
 
     def node(self, node: str) -> records.NodeRecord:
         """The leader's record of a node; an empty one where there is none."""
-        return self.record(f"nodes/{node}", records.NodeRecord) or records.NodeRecord()
+        return self.record(f"nodes/{node}", records.NodeRecord) or NOTHING_RECORDED
 
     def spec(self, vm: str) -> records.VmSpec | None:
         return self.record(f"vms/{vm}/spec", records.VmSpec)

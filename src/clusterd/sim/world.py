@@ -161,10 +161,11 @@ class World:
                 host.queue.append(event)
             return
         ready = core.handle(event, self.now)
-        check_ready(core, ready)
-        if ready.act:
-            check_core(core)
-        self.carry(host, ready)
+        if ready is not effects.NOTHING:
+            check_ready(core, ready)
+            if ready.act:
+                check_core(core)
+            self.carry(host, ready)
         if host.core is core:
             self._arm(host, core)
 
