@@ -401,9 +401,12 @@ def dirty_descriptors(
     return _coalesce(runs, count_max=count_max)
 
 
+_OFFSET_DATA: Final = int(Chunk.OFFSET_DATA)
+
+
 def data_header(cookie: int, offset: int, length: int, *, done: int = CHUNK_DONE) -> bytes:
     """The header of a content chunk with ``length`` bytes of data, which follow."""
-    return CHUNK_DATA.pack(CHUNK_MAGIC, done, Chunk.OFFSET_DATA, cookie, OFFSET.size + length, offset)
+    return CHUNK_DATA.pack(CHUNK_MAGIC, done, _OFFSET_DATA, cookie, OFFSET.size + length, offset)
 
 
 _ZEROES: Final = bytes(HOLE_BYTES)
@@ -418,6 +421,9 @@ def content_chunks(cookie: int, offset: int, data: bytes | bytearray) -> list[by
     chunks      [    hole   ][data][hole]
     """
     end = offset + len(data)
+    if data[0] and offset // HOLE_BYTES == (end - 1) // HOLE_BYTES:
+        # What nearly every small read is.
+        return [data_header(cookie, offset, len(data)), data]
     runs: list[tuple[bool, int]] = []
     position = offset
     while position < end:
