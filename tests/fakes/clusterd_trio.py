@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,6 +16,7 @@ from typing import Any
 
 import attrs
 import trio
+from diskd_process import new_shared_dir
 
 from clusterd.cli.ctl_client import Cluster
 from clusterd.core import calls
@@ -233,6 +235,7 @@ async def running_trio(directory: Path, count: int = 3, *, disks: bool = False) 
     ``disks``: with a diskd that every node reaches under the name ``main``.
     """
     os.environ["TRIO"] = str(directory)
+    shared = new_shared_dir()
     daemons: list[trio.Process] = []
     members: dict[str, Member] = {}
     try:
@@ -240,7 +243,7 @@ async def running_trio(directory: Path, count: int = 3, *, disks: bool = False) 
         argv = [str(BIN / "clusterd"), "witness", "--data", str(directory / "store"), *listen]
         store, ready = await start(argv, directory / "witness.log")
         daemons.append(store)
-        diskd = await start_diskd(directory, daemons) if disks else None
+        diskd = await start_diskd(directory, shared, daemons) if disks else None
         members |= write_members(directory, count, ready["url"], diskd)
         cluster = Trio(directory, members, store, diskd["control"] if diskd else None, daemons)
         async with trio.open_nursery() as nursery:
@@ -256,16 +259,17 @@ async def running_trio(directory: Path, count: int = 3, *, disks: bool = False) 
             for daemon in daemons:
                 daemon.kill()
                 await daemon.wait()
+            shutil.rmtree(shared)
 
 
 def make_directory(path: Path) -> None:
     path.mkdir()
 
 
-async def start_diskd(directory: Path, daemons: list[trio.Process]) -> dict[str, Any]:
+async def start_diskd(directory: Path, shared: Path, daemons: list[trio.Process]) -> dict[str, Any]:
     make_directory(directory / "diskd")
     argv = [str(BIN / "diskd"), "run", "--root", str(directory / "diskd")]
-    argv += ["--nbd", "127.0.0.1:0", "--control", "127.0.0.1:0"]
+    argv += ["--nbd", "127.0.0.1:0", "--control", "127.0.0.1:0", "--set", f"shared_dir={shared}"]
     process, ready = await start(argv, directory / "diskd.log")
     daemons.append(process)
     return ready

@@ -2,9 +2,11 @@
 
 import contextlib
 import json
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,12 @@ from programs import Outcome
 
 SECONDS_MAX = 30
 BINARIES = Path(sys.executable).parent
+
+
+def new_shared_dir() -> Path:
+    """Of the test's own: what a killed daemon leaves there would stay until the next boot."""
+    parent = "/dev/shm" if Path("/dev/shm").is_dir() else None
+    return Path(tempfile.mkdtemp(prefix="holdfast-test-", dir=parent))
 
 
 class DiskdProcess:
@@ -91,7 +99,8 @@ class DiskdProcess:
 @contextlib.asynccontextmanager
 async def diskd(root: Path, *arguments: str) -> AsyncIterator[DiskdProcess]:
     """A started diskd; it is killed at the end if it still runs."""
-    daemon = DiskdProcess(root, *arguments)
+    shared = new_shared_dir()
+    daemon = DiskdProcess(root, "--set", f"shared_dir={shared}", *arguments)
     root.mkdir(exist_ok=True)  # noqa: ASYNC240 - nothing else runs in this loop yet
     try:
         await daemon.start()
@@ -101,3 +110,4 @@ async def diskd(root: Path, *arguments: str) -> AsyncIterator[DiskdProcess]:
             daemon._process.kill()
             with trio.move_on_after(SECONDS_MAX, shield=True):
                 await daemon._process.wait()
+        shutil.rmtree(shared)

@@ -14,7 +14,6 @@ import os
 import secrets
 import shutil
 import signal
-import tomllib
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -43,7 +42,6 @@ UP_SECONDS_MAX: Final = 60.0
 KEY_BYTES: Final = 32
 # A lab shows in seconds what a real cluster does in minutes; the session follows from the first two.
 LAB_PROPERTIES: Final = {"heartbeat_interval": "200ms", "heartbeat_threshold": "5"}
-SHARED_MEMORY: Final = Path("/dev/shm")
 SESSION_NS_MIN: Final = 2 * SECOND
 
 
@@ -157,7 +155,8 @@ class Lab:
             return [*processes.program("clusterd"), "witness", "--data", data, "--listen", direct["store"]]
         if name == DISKD:
             listen = ["--nbd", direct["diskd.nbd"], "--control", direct["diskd.control"]]
-            return [*processes.program("diskd"), "run", "--root", str(directory / "diskd"), *listen]
+            shared = ["--set", f"shared_dir={self.state.shared_dir}"]
+            return [*processes.program("diskd"), "run", "--root", str(directory / "diskd"), *listen, *shared]
         if name == TARGET:
             root = str(directory / "target")
             return [*processes.program("diskd"), "target", "--root", root, "--listen", direct["target"]]
@@ -351,6 +350,7 @@ class Lab:
             await processes.end([own[name] for name in names if name in own], seconds_max=10.0)
         await processes.end([one.record for one in processes.marked(self.state.lab_id)], seconds_max=1.0)
         self._remember({})
+        shutil.rmtree(self.state.shared_dir, ignore_errors=True)
         (self.directory / "lab.json").unlink(missing_ok=True)
 
 
@@ -362,21 +362,12 @@ def prepare_directory(directory: Path) -> None:
         old = Lab.load(directory)
         if processes.marked(old.state.lab_id):
             raise OperatorError(f"a lab is up in {directory}: `lab down` first, or use another --dir")
-        forget_bitmaps(directory)
+        shutil.rmtree(old.state.shared_dir, ignore_errors=True)
         for entry in directory.iterdir():
             if entry.name != "lock":
                 shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
     elif directory.exists() and any(entry.name != "lock" for entry in directory.iterdir()):
         raise OperatorError(f"{directory} is not empty, and no lab: choose another --dir")
-
-
-def forget_bitmaps(directory: Path) -> None:
-    """Remove what a killed diskd left in shared memory for the images of a lab that is thrown away."""
-    for path in directory.glob("diskd/images/*/image.toml"):
-        with contextlib.suppress(OSError, ValueError):
-            identity = str(tomllib.loads(path.read_text()).get("uuid", "")).replace("-", "")
-            for bitmap in SHARED_MEMORY.glob(f"holdfast-{identity}-*") if identity else ():
-                bitmap.unlink()
 
 
 def _write_files(directory: Path, layout: Layout, seed: int) -> None:
@@ -420,6 +411,7 @@ async def bring_up(directory: Path, options: UpOptions, *, is_remembered: bool =
         if is_remembered:
             state.remember_directory(directory)  # also if this is interrupted: `lab down` then finds it
         async with _undone_on_failure(lab):
+            lab.state.shared_dir.mkdir()
             await lab.start_process(PROXY)
             await _start_all(lab, [STORE, DISKD, TARGET])
             for node in lab.nodes:

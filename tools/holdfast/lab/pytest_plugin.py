@@ -34,7 +34,7 @@ def lab(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     """A lab, up: its nodes, store, diskd and target; down again, with all its VMs, after the test."""
     import trio
 
-    from holdfast.lab.cluster import UpOptions, bring_up, forget_bitmaps
+    from holdfast.lab.cluster import UpOptions, bring_up
 
     marker = request.node.get_closest_marker("lab")
     options = UpOptions(**(marker.kwargs if marker is not None else {}))
@@ -44,4 +44,3 @@ def lab(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
         yield brought_up
     finally:
         trio.run(brought_up.down)
-        forget_bitmaps(directory)

@@ -30,7 +30,7 @@ from clusterd.sim.scenario import (
 from daemonkit.durable import read_small_file
 from daemonkit.errors import OperatorError
 from daemonkit.units import MiB, parse_duration, to_seconds
-from holdfast.lab.cluster import LAB_PROPERTIES, Lab, UpOptions, bring_up, forget_bitmaps
+from holdfast.lab.cluster import LAB_PROPERTIES, Lab, UpOptions, bring_up
 from holdfast.lab.guests import GuestOptions, add_guest, check_guest
 from holdfast.lab.links import LinkChange, both_ways
 
@@ -204,5 +204,4 @@ async def run_scenario(path: Path, directory: Path | None, *, keep: bool, say: S
         say(f"the lab is in {directory}")
     await play(scenario, directory, keep=keep, say=say)
     if made is not None and not keep:
-        forget_bitmaps(made)
         shutil.rmtree(made)

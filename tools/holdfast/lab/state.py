@@ -6,6 +6,7 @@ down, so that the logs can still be read and the directory is known to be a lab'
 
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,6 +20,7 @@ from holdfast.lab.processes import ProcessRecord, lives
 
 STATE_BYTES_MAX: Final = 16 << 20
 PROXY: Final = "proxy"
+SHARED_MEMORY: Final = Path("/dev/shm")
 
 
 @attrs.frozen
@@ -28,6 +30,12 @@ class LabState:
     lab_id: str
     layout: Layout
     processes: dict[str, ProcessRecord] = attrs.field(factory=dict)
+
+    @property
+    def shared_dir(self) -> Path:
+        """Where the lab's diskd keeps its shared bitmaps: its own directory, gone when the lab is down."""
+        parent = SHARED_MEMORY if SHARED_MEMORY.is_dir() else Path(tempfile.gettempdir())
+        return parent / f"holdfast-lab-{self.lab_id}"
 
     def pid(self, name: str) -> int | None:
         record = self.processes.get(name)
@@ -91,6 +99,7 @@ def lab_document(state: LabState) -> dict[str, Any]:
             "control": direct["diskd.control"],
             "nbd": direct["diskd.nbd"],
             "pid": state.pid("diskd"),
+            "shared_dir": str(state.shared_dir),
         },
         "target": {"listen": direct["target"], "pid": state.pid("target")},
         "store": {"url": f"http://{direct['store']}", "pid": state.pid("store")},
