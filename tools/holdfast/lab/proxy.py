@@ -393,13 +393,16 @@ def main() -> None:
     parser.add_argument("--config", required=True, type=Path, help="JSON: ends, control, routes, seed")
     given = parser.parse_args()
     logging_setup.set_up()
+    refusal: str | None = None
     try:
         document = json.loads(read_small_file(given.config, size_bytes_max=CONFIG_BYTES_MAX))
         config = structure(ProxyConfig, document, where=str(given.config))
         _raise_file_limit()
         trio.run(run_proxies, config)
     except* (HoldfastError, OSError, ValueError) as group:
-        print(f"holdfast.lab.proxy: {_first_line(group)}", file=sys.stderr)
+        refusal = _first_line(group)
+    if refusal is not None:  # not within except*: there Python 3.11.2 makes a traceback of SystemExit
+        print(f"holdfast.lab.proxy: {refusal}", file=sys.stderr)
         sys.exit(1)
 
 

@@ -1,0 +1,26 @@
+"""What concerns every test: nothing is left in shared memory."""
+
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from uuid import UUID
+
+import pytest
+
+SHARED = Path("/dev/shm")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_shared_bitmaps_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A killed diskd leaves its live bitmaps, for the next one to trust; here none comes.
+
+    Theirs are told from other people's by the ids of the images that lie in this run's directories.
+    """
+    yield
+    for file in tmp_path_factory.getbasetemp().rglob("image.toml"):
+        try:
+            image = UUID(tomllib.loads(file.read_text())["uuid"])
+        except (ValueError, KeyError, OSError):
+            continue  # some tests damage it on purpose
+        for bitmap in SHARED.glob(f"holdfast-{image.hex}-*"):
+            bitmap.unlink(missing_ok=True)
