@@ -7,12 +7,14 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
 
 from clusterd.core.events import RunEnded, RunNotStarted, RunStarted
 from clusterd.core.types import Disk, VmConfig
+from clusterd.shell.drivers.orders import RunOrders
 from clusterd.shell.drivers.port import Surroundings
 from clusterd.shell.drivers.process import ProcessDriver
 from clusterd.shell.drivers.run_lock import RunFiles
@@ -42,7 +44,7 @@ class Observed:
     """The driver's reports, and a way to wait for one."""
 
     def __init__(self) -> None:
-        self.events: list[object] = []
+        self.events: list[Any] = []
         self._changed = trio.Event()
 
     def report(self, event: object) -> None:
@@ -135,6 +137,20 @@ async def test_a_run_leads_a_session_of_its_own_and_is_stopped_when_asked(direct
         await driver.stop("web", 1, force=True)
         ends = [event for event in observed.events if isinstance(event, RunEnded)]
         assert len(ends) == 2, "a stop is answered also where nothing runs any more"
+
+
+async def test_a_stop_never_overtakes_its_start(directory: Path) -> None:
+    """Ordered together, they begin together, in any order: the start counts as first."""
+    async with running_driver(directory) as (driver, observed), trio.open_nursery() as nursery:
+        orders = RunOrders(driver, nursery)
+        for epoch in range(1, 9):
+            orders.start(VmConfig("web", argv=FOREVER), epoch)
+            orders.stop("web", epoch, force=True)
+        for epoch in range(1, 9):
+            await observed.ended(epoch)
+        kinds = {epoch: [type(e) for e in observed.events if e.epoch == epoch] for epoch in range(1, 9)}
+    assert kinds == dict.fromkeys(range(1, 9), [RunStarted, RunEnded])
+    assert list((directory / "runs").iterdir()) == []
 
 
 async def test_one_that_ignores_sigterm_is_killed(directory: Path) -> None:

@@ -18,6 +18,7 @@ from clusterd.core.records import prefix
 from clusterd.core.witness_store import Compare, Delete, Put, Relation, Target
 from clusterd.errors import StoreUnknown
 from clusterd.shell.diskds import Diskds
+from clusterd.shell.drivers.orders import RunOrders
 from clusterd.shell.drivers.port import Driver
 from clusterd.shell.event_log import EventLog
 from clusterd.shell.references import any_answers
@@ -50,7 +51,7 @@ class Acts:
         self._config = config
         self._store = store
         self._diskds = diskds
-        self._driver = driver
+        self._runs = RunOrders(driver, acts_nursery)
         self._event_log = event_log
         self._key = key
         self._post = post
@@ -76,11 +77,11 @@ class Acts:
             case effects.RevokeSession():
                 self._nursery.start_soon(self._revoke, act)
             case effects.SpawnRun():
-                self._nursery.start_soon(self._driver.start, act.config, act.epoch)
+                self._runs.start(act.config, act.epoch)
             case effects.AdoptRun():
-                self._nursery.start_soon(self._driver.adopt, act.config, act.epoch)
+                self._runs.adopt(act.config, act.epoch)
             case effects.StopRun():
-                self._nursery.start_soon(self._stop, act)
+                self._runs.stop(act.vm, act.epoch, force=act.force)
             case effects.ReleaseLeases():
                 self._nursery.start_soon(self._diskds.release, act.disks, act.epoch, act.holder)
             case effects.Probe():
@@ -145,9 +146,6 @@ class Acts:
             await self._store.lease_revoke(act.lease)
         except StoreUnknown as error:
             log.info("session.not_revoked", reason=str(error))
-
-    async def _stop(self, act: effects.StopRun) -> None:
-        await self._driver.stop(act.vm, act.epoch, force=act.force)
 
     async def _probe(self, act: effects.Probe) -> Event:
         reply = await self._probe_reply(act)
