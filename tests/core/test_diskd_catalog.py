@@ -4,6 +4,8 @@ import json
 
 import attrs
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from diskd.core.catalog import (
     CHAIN_MAX,
@@ -19,9 +21,9 @@ from diskd.core.catalog import (
     encode_manifest,
     header_of,
     is_restorable,
-    keep_last,
     offered,
 )
+from diskd.core.retention import PrunePlan, plan_prune
 from diskd.errors import Damaged, Refused
 
 
@@ -108,9 +110,39 @@ def test_commit_order_keeps_bases_first_within_one_second():
 def test_what_others_need_outlives_them():
     assert dependants(CHAIN, name(1)) == [name(2), name(3)]
     assert dependants(CHAIN, name(5)) == []
-    assert keep_last(CHAIN, 1) == ([name(4), name(5)], [name(1), name(2), name(3)])
-    assert keep_last(CHAIN, 3) == ([name(1), name(2), name(3), name(4), name(5)], [])
-    assert keep_last(CHAIN, 0) == ([], [name(n) for n in range(1, 6)])
+    assert plan_prune(CHAIN, 1) == PrunePlan([name(5)], [name(5)], [name(n) for n in (4, 3, 2, 1)])
+    assert plan_prune(CHAIN, 2) == PrunePlan([name(4), name(5)], [], [name(n) for n in (3, 2, 1)])
+    assert plan_prune(CHAIN, 3) == PrunePlan([name(3), name(4), name(5)], [name(3)], [name(2), name(1)])
+    assert plan_prune(CHAIN, 9) == PrunePlan([name(n) for n in range(1, 6)], [], [])
+    with pytest.raises(Refused, match="at least one"):
+        plan_prune(CHAIN, 0)
+
+
+def test_what_cannot_be_restored_is_not_counted_and_stays_with_its_base():
+    broken = points(manifest(1), manifest(2, 1), manifest(3, 9), manifest(4, 3), manifest(5), manifest(6, 5))
+    plan = plan_prune(broken, 1)
+    assert plan == PrunePlan([name(3), name(4), name(6)], [name(6)], [name(5), name(2), name(1)])
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=12), st.integers(1, 12), st.sets(st.integers(0, 11)))
+def test_pruning_leaves_every_chain_whole_at_every_step(steps, keep, missing):
+    """``steps``: 0 is a full, else how far back the base is. Points may be missing from the start."""
+    made = []
+    for number, step in enumerate(steps):
+        made.append(manifest(number, number - step if 0 < step <= number else None))
+    left = {m.point: m for number, m in enumerate(made) if number not in missing}
+    before = {point for point in left if is_restorable(left, point)}
+    plan = plan_prune(left, keep)
+    for point in plan.synthesize:
+        left[point] = attrs.evolve(left[point], base=None, kind="full", synthetic=True)
+    for point in plan.remove:
+        assert dependants(left, point) == []
+        del left[point]
+        assert all(is_restorable(left, other) for other in before if other in left)
+    assert {point for point in left if is_restorable(left, point)} >= set(
+        [m.point for m in by_commit(made) if m.point in before][-keep:]
+    )
+    assert sorted(left) == sorted(plan.keep)
 
 
 def test_a_manifest_round_trips():

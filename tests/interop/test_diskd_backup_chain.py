@@ -83,6 +83,11 @@ async def test_backup_twice_and_everything_after(tmp_path):
         )
         await daemon.do("target", "verify", *to)
         assert await points_of(daemon, target) == [first["point"], second["point"]]
+        prune = ("target", "prune", "web", "--keep-last", "1", *to)
+        assert f"{first['point']}: would be removed" in await daemon.do(*prune, "--dry-run")
+        assert json.loads((await daemon.do(*prune, "--json")).splitlines()[-1])["removed"] == [first["point"]]
+        await check_point(repository, second["point"], "root", live)
+        assert await points_of(daemon, target) == [second["point"]]
 
 
 async def test_refusals_are_one_line(tmp_path):
@@ -93,9 +98,10 @@ async def test_refusals_are_one_line(tmp_path):
         assert "--full" in await daemon.refuses(*backup, "--since", "rp-" + "0" * 16)
         assert "resume" in await daemon.refuses(*backup, "--resume")
         assert "nowhere" in await daemon.refuses("backup", "--vm", "d", "--image", "nowhere", *to)
-        for verb in (("prune", "d", "--keep-last", "1"), ("serve", "d", "p"), ("audit", "d")):
+        for verb in (("serve", "d", "p"), ("audit", "d")):
             assert "not built yet" in await daemon.refuses("target", *verb, *to)
         assert "no VM" in await daemon.refuses("target", "verify", "d", *to)
+        assert "no VM" in await daemon.refuses("target", "prune", "d", "--keep-last", "1", *to)
         assert "point" in await daemon.refuses("target", "synthesize", "d", "rp-" + "0" * 16, *to)
         out = str(tmp_path / "out")
         assert "point" in await daemon.refuses("target", "restore", "d", "rp-" + "0" * 16, "--to", out, *to)

@@ -75,7 +75,7 @@ NOBODY = "127.0.0.1:1"
         (1, "cannot connect", ["--control", NOBODY, "export", "d", "--full", "-o", "x"]),
         (1, "No such file", ["apply", "nowhere", "raw"]),
         (1, "verify", ["apply", "-", "raw"]),
-        (1, "not built yet", ["target", "prune", "web", "--keep-last", "3", "--dry-run"]),
+        (2, "--keep-last", ["target", "prune", "web", "--keep-last", "0"]),
     ],
 )
 def test_bad_commands(code, text, arguments):

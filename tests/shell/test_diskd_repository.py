@@ -47,6 +47,7 @@ STEPS = [
     "sync_directory",
     "publish",
     "exchange",
+    "retire",
     "remove_tree",
 ]
 
@@ -246,6 +247,41 @@ def test_a_crash_at_every_step_of_a_synthesis_changes_no_content(tmp_path, scene
             break
         at += 1
     assert outcomes == {scene.names[0], None}
+
+
+def test_a_crash_at_every_step_of_a_prune_breaks_no_chain(tmp_path, scene):
+    """Points go from the newest to the oldest, so whatever is left is whole; a second run ends it."""
+    left = set()
+    for at in range(1000):
+        root = tmp_path / str(at)
+        root.mkdir()
+        scene.fill(root)
+        files = LossyFiles(at)
+        try:
+            with open_repository(root, files) as repository:
+                repository.prune("web", 1, poll, dry_run=False)
+            finished = True
+        except Crash:
+            finished = False
+        files.lose()
+        with open_repository(root) as repository:
+            there = sorted(repository.load("web").points)
+            left.add(tuple(there))
+            assert scene.names[2] in there
+            for name in there:
+                assert repository.verify("web", name, poll).problems == []
+                with repository.open("web", name) as opened:
+                    for disk, content in scene.contents[scene.names.index(name)].items():
+                        assert opened.views[disk].read(0, len(content)) == content
+            assert repository.prune("web", 1, poll, dry_run=True).kept == [scene.names[2]]
+            assert sorted(repository.load("web").points) == there
+            repository.prune("web", 1, poll, dry_run=False)
+        assert [p.name for p in (root / "web").iterdir()] == [scene.names[2]]
+        shutil.rmtree(root)
+        if finished:
+            break
+    one, two, three = scene.names
+    assert left == {(one, two, three), (one, three), (three,)}
 
 
 def test_a_full_disk_at_any_step_fails_that_backup_only(tmp_path, scene):

@@ -187,6 +187,44 @@ async def test_a_synthesis_waits_for_nobody_and_ends_no_backup(tmp_path, library
     assert [p.point for p in listed.points] == [first.point, second.point, frozen.point]
 
 
+async def test_pruning_keeps_the_newest_and_refuses_what_is_in_use(tmp_path, library, nursery):
+    address, _ = await start_target(nursery, tmp_path)
+    points = []
+    for number in range(4):
+        library.images["system"].write(number * 8192, b"%d" % number * 4096)
+        points.append((await backup(library, address)).point)
+
+    async def prune(dry_run=False):
+        return await call(address, calls.PRUNE, calls.PruneRequest("web", 2, dry_run))
+
+    planned = await prune(dry_run=True)
+    assert (planned.synthesized, planned.removed) == ([points[2]], [points[1], points[0]])
+    async with connect(address) as client:
+        stream = await client.open_stream(calls.RESTORE, calls.PointName("web", points[0]))
+        await stream.receive_some(1)
+        with RaisesLeaf(CallRefused, "is being restored"):
+            await prune()
+        await stream.aclose()
+    frozen, (data, _, opening) = await exported(library)
+    async with connect(address) as client:
+        peer = await open_export(client)
+        await peer.stream.send_all(opening)
+        assert isinstance(await peer.reply(), Ready)
+        with RaisesLeaf(CallRefused, "is being written"):
+            await prune()
+        await peer.stream.send_all(data[len(opening) :])
+        assert isinstance(await peer.last_reply(), Committed)
+    done = await prune()
+    assert (done.kept, done.removed) == ([points[3], frozen.point], [points[2], points[1], points[0]])
+    listed = await call(address, calls.LIST, calls.VmName("web"))
+    assert [(p.point, p.base) for p in listed.points] == [(points[3], None), (frozen.point, None)]
+    assert (await backup(library, address)).base == frozen.point
+    verified = await call(address, calls.VERIFY, calls.PointFilter("web", None))
+    assert [p.problems for p in verified.points] == [[], [], []]
+    with RaisesLeaf(CallRefused, "at least one"):
+        await call(address, calls.PRUNE, calls.PruneRequest("web", 0, True))
+
+
 async def test_a_point_that_is_there_is_committed_again(tmp_path, library, nursery):
     address, _ = await start_target(nursery, tmp_path)
     frozen, (data, events, opening) = await exported(library)

@@ -196,18 +196,44 @@ def restore(
         click.echo(f"  {file}")
 
 
+@target.command()
+@click.argument("vm")
+@click.option("--keep-last", required=True, type=click.IntRange(min=1), metavar="N",
+              help="How many of the newest points stay.")  # fmt: skip
+@click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
+@target_option
+@json_lines
+@pass_diskd
+def prune(diskd: Diskd, vm: str, keep_last: int, dry_run: bool, address: Address, as_json: bool) -> None:
+    """Remove the older points of a VM, and give their space back.
+
+    A point that stays but builds on one that goes becomes a full of its own first; that needs its space
+    until the others are gone. Damaged points are neither counted nor removed. Refused while the VM is
+    being backed up or restored.
+    """
+    progress = Progress(as_json)
+    report = _call(diskd, address, calls.PRUNE, calls.PruneRequest(vm, keep_last, dry_run), progress=progress)
+    if as_json:
+        print(json.dumps({**unstructure(report), "dry_run": dry_run}))
+        return
+    would = "would be " if dry_run else ""
+    for point in report.synthesized:
+        click.echo(f"{vm} {point}: {would}made a full")
+    for point in report.removed:
+        click.echo(f"{vm} {point}: {would}removed")
+    for point in report.damaged:
+        click.echo(f"{vm} {point}: damaged, left alone (target verify tells more)")
+    click.echo(
+        f"{vm}: {len(report.kept)} points {'would stay' if dry_run else 'are left'},"
+        f" {format_size(report.removed_bytes)} {would}removed"
+    )
+
+
 def _not_built(verb: str, instead: str) -> NoReturn:
     raise OperatorError(f"target {verb} is not built yet; {instead}")
 
 
 _anything = {"ignore_unknown_options": True}
-
-
-@target.command(context_settings=_anything)
-@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
-def prune(arguments: tuple[str, ...]) -> None:
-    """Remove points by age or number: not built yet."""
-    _not_built("prune", "synthesize the oldest point to keep, then remove older points' directories by hand")
 
 
 @target.command(context_settings=_anything)

@@ -261,16 +261,3 @@ def dependants(points: Points, point: str) -> list[str]:
         if manifest.base is not None and (manifest.base == point or manifest.base in needing):
             needing.append(manifest.point)
     return needing
-
-
-def keep_last(points: Points, count: int) -> tuple[list[str], list[str]]:
-    """Retention: (kept, removable) if the newest ``count`` are wanted; whatever those need is kept too."""
-    wanted = [manifest.point for manifest in by_commit(points.values())][-count:] if count > 0 else []
-    kept: set[str] = set()
-    for point in wanted:
-        try:
-            kept.update(manifest.point for manifest in chain_of(points, point))
-        except (Refused, Damaged):
-            kept.add(point)
-    ordered = [manifest.point for manifest in by_commit(points.values())]
-    return [p for p in ordered if p in kept], [p for p in ordered if p not in kept]

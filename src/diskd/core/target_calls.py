@@ -125,6 +125,28 @@ class SynthesizeReport:
 
 
 @attrs.frozen
+class PruneRequest:
+    """Keep the newest ``keep_last`` points of a VM; with ``dry_run`` only say what that would do."""
+
+    vm: str
+    keep_last: int
+    dry_run: bool
+
+
+@attrs.frozen
+class PruneReport:
+    """``kept`` oldest first, ``synthesized`` among them; ``removed`` in that order. ``damaged`` points are
+    neither counted nor removed."""
+
+    vm: str
+    kept: list[str]
+    synthesized: list[str]
+    removed: list[str]
+    removed_bytes: int
+    damaged: list[str]
+
+
+@attrs.frozen
 class ExportRequest:
     """One image of a diskd, in full or since a point, to the caller."""
 
@@ -137,6 +159,7 @@ SETTLE: Final = Method("target.settle", PointName, SettleReport)
 LIST: Final = Method("target.list", VmName, ListReport)
 VERIFY: Final = Method("target.verify", PointFilter, VerifyReport)
 SYNTHESIZE: Final = Method("target.synthesize", PointName, SynthesizeReport)
+PRUNE: Final = Method("target.prune", PruneRequest, PruneReport)
 EXPORT: Final = Method("target.export", Nothing, Nothing)
 RESTORE: Final = Method("target.restore", PointName, Nothing)
 EXPORT_IMAGE: Final = Method("export.image", ExportRequest, Nothing)

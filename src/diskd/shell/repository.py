@@ -24,6 +24,7 @@ from daemonkit.durable import lock_file, read_small_file, replace_file
 from daemonkit.errors import OperatorError
 from daemonkit.units import MiB
 from diskd.core.catalog import (
+    DISCARDED_PREFIX,
     INCOMING_PREFIX,
     MANIFEST,
     SYNTHETIC_PREFIX,
@@ -34,9 +35,12 @@ from diskd.core.catalog import (
     check_incoming,
     commit_time,
     decode_manifest,
+    dependants,
+    is_restorable,
 )
 from diskd.core.inventory import NAME_PATTERN
 from diskd.core.qcow2 import FULL_CLUSTER_BYTES
+from diskd.core.retention import plan_prune
 from diskd.core.stream import (
     ExportHeader,
     Frame,
@@ -45,7 +49,7 @@ from diskd.core.stream import (
     StreamEncoder,
     is_point,
 )
-from diskd.core.target_calls import ListedDisk, ListedPoint, SynthesizeReport, Verified
+from diskd.core.target_calls import ListedDisk, ListedPoint, PruneReport, SynthesizeReport, Verified
 from diskd.errors import Damaged, Refused
 from diskd.shell.chain_view import OpenPoint, frames_of_view, open_point
 from diskd.shell.incoming import Incoming
@@ -249,6 +253,38 @@ class Repository:
                 # Before the exchange this removes the unfinished full, after it the old files.
                 incoming.discard()
         return SynthesizeReport(vm, point, manifest.base, sum(disk.file.size for disk in new.disks))
+
+    def prune(self, vm: str, keep_last: int, poll: Poll, *, dry_run: bool) -> PruneReport:
+        """Make fulls of what is kept but builds on what is not, then remove the rest, bases last.
+
+        Raises Refused, Damaged, OSError: what has been done until then stands, and every chain is whole.
+        """
+        loaded = self.load(vm)
+        if not loaded.points and not loaded.damaged:
+            raise Refused(f"the target has no VM {vm}")
+        plan = plan_prune(loaded.points, keep_last)
+        sizes = [disk.file.size for point in plan.remove for disk in loaded.points[point].disks]
+        if not dry_run:
+            for point in plan.synthesize:
+                self.synthesize(vm, point, poll)
+            for point in plan.remove:
+                poll()
+                self._remove(vm, point)
+        broken = [point for point in plan.keep if not is_restorable(loaded.points, point)]
+        return PruneReport(
+            vm, plan.keep, plan.synthesize, plan.remove, sum(sizes), sorted([*broken, *loaded.damaged])
+        )
+
+    def _remove(self, vm: str, point: str) -> None:
+        """Readers that have its files open go on with them."""
+        directory = self._directory(vm)
+        temporary = directory / f"{DISCARDED_PREFIX}{point}"
+        with self._names:
+            if needing := dependants(self.load(vm).points, point):
+                raise Refused(f"{vm}/{point} is needed by {needing[0]}")
+            self._files.retire(directory / point, temporary)
+        self._files.remove_tree(temporary)
+        log.info("point.removed", vm=vm, point=point)
 
     def _directory(self, vm: str) -> Path:
         if not NAME_PATTERN.fullmatch(vm):

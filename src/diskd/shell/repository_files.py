@@ -85,6 +85,11 @@ class RepositoryFiles:
                 )
             raise OSError(code, os.strerror(code), str(other))
 
+    def retire(self, point: Path, temporary: Path) -> None:
+        """The point loses its name, atomically and durably."""
+        os.rename(point, temporary)
+        sync_directory(point.parent)
+
     def remove_tree(self, path: Path) -> None:
         """Remove a directory that nothing names any more."""
         shutil.rmtree(path)

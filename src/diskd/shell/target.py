@@ -16,8 +16,10 @@ settles (B3): after the answer it is committed, or never will be.
 """
 
 import contextlib
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -120,6 +122,7 @@ class Target:
         self._repository = repository
         self._threads = trio.CapacityLimiter(RECEIVING_MAX + READING_MAX + _ANSWERING)
         self._receiving: dict[str, _Receiving] = {}
+        self._readers: Counter[str] = Counter()
         self._slots = trio.Semaphore(RECEIVING_MAX)
         self._reading = trio.Semaphore(READING_MAX)
 
@@ -130,6 +133,7 @@ class Target:
         registry.add(calls.LIST, self._list)
         registry.add(calls.VERIFY, self._verify)
         registry.add(calls.SYNTHESIZE, self._synthesize)
+        registry.add(calls.PRUNE, self._prune)
         registry.add_stream(calls.EXPORT, self._receive)
         registry.add_stream(calls.RESTORE, self._restore)
 
@@ -168,16 +172,30 @@ class Target:
 
     async def _synthesize(self, request: calls.PointName, call: Call) -> calls.SynthesizeReport:
         await call.progress({"vm": request.vm, "point": request.point})
-        if (receiving := self._receiving.get(request.vm)) is not None:
-            raise Refused(
-                f"{request.vm}/{receiving.point} is being written; synthesize again when that has ended"
-            )
+        self._refuse_written(request.vm, "synthesize")
         async with self._turn(request.vm, request.point):
             report = await self._thread(
                 self._repository.synthesize, request.vm, request.point, poll_cancelled
             )
         log.info("point.synthesized", vm=report.vm, point=report.point, was=report.was)
         return report
+
+    async def _prune(self, request: calls.PruneRequest, call: Call) -> calls.PruneReport:
+        await call.progress({"vm": request.vm, "step": "prune"})
+        prune = partial(self._repository.prune, request.vm, request.keep_last, dry_run=request.dry_run)
+        if request.dry_run:
+            return await self._thread(prune, poll_cancelled)
+        self._refuse_written(request.vm, "prune")
+        if readers := self._readers[request.vm]:
+            raise Refused(
+                f"{request.vm} is being restored ({readers} times); prune again when that has ended"
+            )
+        async with self._turn(request.vm, "prune"):
+            return await self._thread(prune, poll_cancelled)
+
+    def _refuse_written(self, vm: str, verb: str) -> None:
+        if (receiving := self._receiving.get(vm)) is not None:
+            raise Refused(f"{vm}/{receiving.point} is being written; {verb} again when that has ended")
 
     # --- who writes what ---------------------------------------------------------------------------
 
@@ -312,7 +330,11 @@ class Target:
     async def _restore(self, params: calls.PointName, peer: str, stream: trio.abc.Stream) -> None:
         try:
             async with self._reading:
-                await self._send_point(params, stream)
+                self._readers[params.vm] += 1
+                try:
+                    await self._send_point(params, stream)
+                finally:
+                    self._readers[params.vm] -= 1
         except (HoldfastError, OSError) as error:
             if isinstance(error, trio.BrokenResourceError):
                 raise
