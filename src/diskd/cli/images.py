@@ -93,16 +93,17 @@ def list_(diskd: Diskd, as_json: bool) -> None:
         print_json([document(info) for info in images])
         return
     print_table(
-        ("NAME", "SIZE", "STATE", "EPOCH", "HOLDER", "CLIENTS", "POINTS"),
+        ("NAME", "SIZE", "STATE", "EPOCH", "HOLDER", "CLIENTS", "POINTS", "REASON"),
         [
             (
                 info.name,
                 format_size(info.size_bytes),
-                info.state if info.reason is None else f"{info.state}: {info.reason}",
+                info.state,
                 str(info.epoch),
                 info.holder or "-",
                 str(info.connections),
                 str(info.points),
+                info.reason or "",
             )
             for info in images
         ],

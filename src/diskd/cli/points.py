@@ -8,6 +8,7 @@ from daemonkit.diskd_api import ImageName
 from daemonkit.units import format_size
 from diskd.cli.calling import Diskd, json_option, pass_diskd, print_table
 from diskd.core import calls
+from diskd.errors import Refused
 
 
 @click.group()
@@ -34,9 +35,16 @@ def list_(diskd: Diskd, image: str, as_json: bool) -> None:
 @point.command()
 @click.argument("image")
 @click.argument("point_id", metavar="POINT")
+@click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
 @pass_diskd
-def delete(diskd: Diskd, image: str, point_id: str) -> None:
-    """Forget POINT of IMAGE: no differential can start there any more, those since older points still can."""
+def delete(diskd: Diskd, image: str, point_id: str, dry_run: bool) -> None:
+    """Forget POINT of IMAGE: no differential can start there any more, those since other points still can."""
+    if dry_run:
+        others = [info.point for info in diskd.call(calls.POINT_LIST, ImageName(image)).points]
+        if point_id not in others:
+            raise Refused(f"image {image} has no point {point_id}: see `diskctl point list {image}`")
+        click.echo(f"would delete point {point_id} of {image}; {len(others) - 1} others would stay")
+        return
     diskd.call(calls.POINT_DELETE, calls.PointName(image, point_id))
     click.echo(f"point {point_id} of {image} deleted")
 
