@@ -21,7 +21,7 @@ from diskd.core.geometry import RAW, Geometry, Identity
 from diskd.core.points import Catalogue
 from diskd.core.ports import ChangeReport
 from diskd.core.shared import create_area
-from diskd.core.steps import Script, Step, Sync, Truncate, Write
+from diskd.core.steps import Punch, Script, Step, Sync, Truncate, Write
 from diskd.core.tracker import (
     Tracker,
     commit,
@@ -133,7 +133,7 @@ class SimImage:
         if step is None:
             return None
         result = self.disk.execute(step)
-        if step.file == RAW and isinstance(step, Write):
+        if step.file == RAW and isinstance(step, Write | Punch):
             self._raw_time_ns = self.now_ns
         return result
 
@@ -147,8 +147,8 @@ class SimImage:
     def write(self, block: int, count: int) -> Task:
         """One guest write."""
         offset, length = block * BLOCK_BYTES, count * BLOCK_BYTES
-        while self._held or not self.tracker.admit(offset, length):
-            if self._held:
+        while self.is_held or not self.tracker.admit(offset, length):
+            if self.is_held:
                 yield None
             else:
                 yield from self._open_regions(offset, length)
@@ -158,8 +158,17 @@ class SimImage:
         data = self._version.to_bytes(8, "little") * (length // 8)
         self.tracker.area.time_ns = self.now_ns
         self._writes += 1
-        yield Write(RAW, offset, data)
+        yield from self.submit(offset, data)
         self._writes -= 1
+
+    @property
+    def is_held(self) -> bool:
+        """Whether a new write waits."""
+        return self._held
+
+    def submit(self, offset: int, data: bytes) -> Task:
+        """Where the layer puts a write that was marked."""
+        yield Write(RAW, offset, data)
 
     def _open_regions(self, offset: int, length: int) -> Task:
         closed = self.tracker.closed_regions(offset, length)
@@ -219,11 +228,15 @@ class SimImage:
         self._point += 1
         point = f"rp-{self._point:016x}"
         self.tracker.freeze(point)
+        self.switch_layer()
         self.oracle[point] = _Cut(self.disk.content(RAW))
         self._held = False
         yield None
         yield from self._cancel() if cancel else self._persist(point, confirm=confirm)
         self._busy.remove("cut")
+
+    def switch_layer(self) -> None:
+        """In the step of the freeze."""
 
     def _cancel(self) -> Task:
         yield from self._turn("flush")

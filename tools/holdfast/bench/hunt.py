@@ -1,8 +1,9 @@
 """`make hunt SECONDS=n`: random histories with fresh seeds, as many as fit, until one breaks a rule.
 
 The histories are those of the tests: the whole cluster under random faults (clusterd.sim.chaos), tracking
-crashed anywhere, and fork and merge crashed anywhere (diskd.sim). A seed fixes a history completely, the kind
-of it included, so that `--seed N` replays it. Nothing here waits for anything: all of it is virtual time.
+crashed anywhere, fork and merge crashed anywhere, and both at once (diskd.sim). A seed fixes a history
+completely, the kind of it included, so that `--seed N` replays it. Nothing here waits for anything: all of it
+is virtual time.
 """
 
 import secrets
@@ -16,7 +17,7 @@ import click
 from clusterd.sim.chaos import run_chaos
 from daemonkit.cli import run_main
 from daemonkit.errors import OperatorError
-from diskd.sim import overlay_story, tracking_story
+from diskd.sim import fork_story, overlay_story, tracking_story
 
 # Below this a seed is easy to write down, and far more than one hunt gets through.
 SEEDS: Final = 10**9
@@ -38,10 +39,15 @@ def _merging(seed: int) -> None:
     overlay_story.run_seed(seed)
 
 
+def _tracked_merging(seed: int) -> None:
+    fork_story.run_seed(seed)
+
+
 # One history of the cluster takes as long as some dozens of the others.
 KINDS: Final[tuple[tuple[str, Callable[[int], None]], ...]] = (
     ("cluster", _cluster),
     *(("tracking", _tracking),) * 6,
+    *(("tracked merging", _tracked_merging),) * 3,
     *(("merging", _merging),) * 9,
 )
 
