@@ -123,7 +123,7 @@ async def test_what_is_wrong_is_one_line_and_an_exit_code(tmp_path: Path) -> Non
             (("clusterd", "whatif", "--outages", "x.csv"), 1, "whatif is not built"),
             (("clusterctl", "status"), 2, "give --node HOST:PORT"),
             (("clusterctl", "--node", "127.0.0.1:1", "status"), 1, "cannot connect to 127.0.0.1:1"),
-            (("clusterctl", "--node", "127.0.0.1", "status"), 1, "is not an address"),
+            (("clusterctl", "--node", "127.0.0.1", "status"), 2, "is not an address"),
             (("clusterctl", "--node", "127.0.0.1:1", "vm", "show", "No/Name"), 1, "a name is"),
             (("clusterctl", "store", "recover"), 1, "store recover is not built"),
             (("clusterctl", "node", "add", "x.toml"), 1, "node add is not built"),
