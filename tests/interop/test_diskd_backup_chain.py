@@ -1,11 +1,14 @@
 """The whole path with real processes and stock tools: qemu-io writes, diskctl backs up, qemu-img judges."""
 
 import json
+import subprocess
+from functools import partial
 
 import pytest
+import trio
 from diskd_process import diskd
 from diskd_target import start_deaf_proxy
-from diskd_target_process import target_process
+from diskd_target_process import BINARIES, target_process
 from programs import good, need
 
 pytestmark = [pytest.mark.interop, pytest.mark.slow]
@@ -73,6 +76,21 @@ async def test_backup_twice_and_everything_after(tmp_path):
             assert (out / "vm.toml").read_text() == config.read_text()
         await good("qemu-img", "check", str(tmp_path / "restored-qcow2" / "root.qcow2"))
 
+        argv = ["target", "serve", "web", second["point"], "--nbd", "127.0.0.1:0", "--json", *to]
+        async with trio.open_nursery() as nursery:
+            start = partial(
+                trio.run_process, [BINARIES / "diskctl", *argv], stdout=subprocess.PIPE, check=False
+            )
+            process = await nursery.start(start)
+            line = b""
+            with trio.fail_after(30):
+                while not line.endswith(b"\n"):
+                    line += await process.stdout.receive_some(4096)
+            served = json.loads(line)["exports"]["root"]
+            await good("qemu-img", "compare", "-f", "raw", "-F", "raw", served, live)
+            process.terminate()
+            await process.stdout.aclose()
+
         await daemon.do("target", "synthesize", "web", second["point"], *to)
         await check_point(repository, second["point"], "root", live)
         assert (
@@ -98,8 +116,8 @@ async def test_refusals_are_one_line(tmp_path):
         assert "--full" in await daemon.refuses(*backup, "--since", "rp-" + "0" * 16)
         assert "resume" in await daemon.refuses(*backup, "--resume")
         assert "nowhere" in await daemon.refuses("backup", "--vm", "d", "--image", "nowhere", *to)
-        for verb in (("serve", "d", "p"), ("audit", "d")):
-            assert "not built yet" in await daemon.refuses("target", *verb, *to)
+        assert "not built yet" in await daemon.refuses("target", "audit", "d", *to)
+        assert "point" in await daemon.refuses("target", "serve", "d", "p", "--nbd", "127.0.0.1:0", *to)
         assert "no VM" in await daemon.refuses("target", "verify", "d", *to)
         assert "no VM" in await daemon.refuses("target", "prune", "d", "--keep-last", "1", *to)
         assert "point" in await daemon.refuses("target", "synthesize", "d", "rp-" + "0" * 16, *to)

@@ -4,7 +4,9 @@ import contextlib
 import errno
 import random
 import signal
+import struct
 
+import nbd_client
 import pytest
 import trio
 from diskd_frozen import MemoryLibrary
@@ -14,6 +16,7 @@ from diskd_target_process import target_process
 from daemonkit.diskd_api import BackupDisk, BackupRequest
 from daemonkit.errors import OperatorError
 from daemonkit.frames import FrameReader
+from daemonkit.ports import Address
 from daemonkit.rpc import CallRefused, connect
 from diskd.core import target_calls as calls
 from diskd.core.stream import (
@@ -28,9 +31,10 @@ from diskd.core.stream import (
     StreamError,
     decode_reply,
 )
-from diskd.errors import Refused
+from diskd.errors import NoSuchExport, Refused
 from diskd.shell.backup import run_backup
 from diskd.shell.export import ExportSession, TargetLost, prepare_blocking
+from diskd.shell.point_export import PointCatalog
 from diskd.shell.repository import open_repository
 from diskd.shell.repository_files import RepositoryFiles
 from diskd.shell.restore import RestoreFiles, apply_file, restore_point
@@ -223,6 +227,85 @@ async def test_pruning_keeps_the_newest_and_refuses_what_is_in_use(tmp_path, lib
     assert [p.problems for p in verified.points] == [[], [], []]
     with RaisesLeaf(CallRefused, "at least one"):
         await call(address, calls.PRUNE, calls.PruneRequest("web", 0, True))
+
+
+async def nbd_read(uri, offset, length):
+    """One read on a connection of its own."""
+    where, name = uri.removeprefix("nbd://").split("/")
+    address = Address.parse(where)
+    with trio.fail_after(30):
+        async with await trio.open_tcp_stream(address.host, address.port) as stream:
+
+            async def exactly(count):
+                data = b""
+                while len(data) < count:
+                    data += await stream.receive_some(count - len(data))
+                return data
+
+            await exactly(nbd_client.GREETING_BYTES)
+            await stream.send_all(nbd_client.FIXED_NO_ZEROES + nbd_client.go(name))
+            while True:
+                _, _, kind, size = struct.unpack(">QIII", await exactly(20))
+                await exactly(size)
+                if kind == nbd_client.ACK:
+                    break
+            await stream.send_all(nbd_client.request(nbd_client.READ, offset, length))
+            assert struct.unpack(">IIQ", await exactly(16))[1] == 0
+            return await exactly(length)
+
+
+async def test_a_point_is_served_over_nbd_while_its_caller_stays(tmp_path, library, nursery):
+    address, _ = await start_target(nursery, tmp_path)
+    await backup(library, address)
+    library.images["system"].trim(4 * MiB, MiB)
+    library.images["system"].write(2 * MiB, b"v2" * 10000)
+    done = await backup(library, address)
+    served, show = trio.open_memory_channel(1)
+
+    async def stay(task_status=trio.TASK_STATUS_IGNORED):
+        with trio.CancelScope() as scope:
+            task_status.started(scope)
+            async with connect(address) as client:
+                request = calls.ServeRequest("web", done.point, "127.0.0.1:0")
+                await client.call(calls.SERVE, request, on_progress=served.send_nowait)
+
+    scope = await nursery.start(stay)
+    with trio.fail_after(30):
+        exports = (await show.receive())["exports"]
+    assert list(exports) == ["system", "journal"]
+    system = library.images["system"]
+    for offset, length in ((0, 3 * MiB), (4 * MiB - 512, 2 * MiB), (len(system.data) - 512, 512)):
+        assert await nbd_read(exports["system"], offset, length) == system.data[offset : offset + length]
+    with RaisesLeaf(CallRefused, "restored or served"):
+        await call(address, calls.PRUNE, calls.PruneRequest("web", 1, False))
+    scope.cancel()
+    with RaisesLeaf(CallRefused, "no point"):
+        await call(address, calls.SERVE, calls.ServeRequest("web", "rp-" + "e" * 16, "127.0.0.1:0"))
+
+
+async def test_a_point_is_a_read_only_device_that_never_reads_what_is_damaged(tmp_path, library, nursery):
+    address, stop = await start_target(nursery, tmp_path)
+    done = await backup(library, address)
+    await stop()
+    path = tmp_path / "web" / done.point / "system.qcow2"
+    data = bytearray(path.read_bytes())
+    data[9 * MiB] ^= 4
+    path.write_bytes(data)
+    with open_repository(tmp_path) as repository, repository.open("web", done.point) as opened:
+        device = (await PointCatalog(opened).info("system")).device
+        assert await device.read(0, MiB) == library.images["system"].data[:MiB]
+        with pytest.raises(OSError, match=r"system\.qcow2"):
+            await device.read(8 * MiB, 2 * MiB)
+        runs = await device.allocation(19 * MiB, 3 * MiB)
+        assert [(run.offset, run.length, run.kind) for run in runs] == [
+            (19 * MiB, MiB, "data"),
+            (20 * MiB, 2 * MiB, "hole"),
+        ]
+        for change in (device.write(0, b"x" * 512), device.trim(0, 512), device.write_zeroes(0, 512)):
+            with pytest.raises(PermissionError):
+                await change
+        with pytest.raises(NoSuchExport):
+            await PointCatalog(opened).info("nothing")
 
 
 async def test_a_point_that_is_there_is_committed_again(tmp_path, library, nursery):

@@ -34,7 +34,7 @@ json_lines = click.option("--json", "as_json", is_flag=True, help="Lines of JSON
 
 @click.group()
 def target() -> None:
-    """Points at a backup target: list, verify, synthesize, restore.
+    """Points at a backup target: list, verify, synthesize, prune, restore, serve.
 
     \b
     diskctl target list --target HOST:PORT
@@ -229,20 +229,44 @@ def prune(diskd: Diskd, vm: str, keep_last: int, dry_run: bool, address: Address
     )
 
 
+@target.command()
+@click.argument("vm")
+@click.argument("point")
+@click.option("--nbd", required=True, type=ADDRESS,
+              help="Where to listen, on the target's host; port 0 takes a free one.")  # fmt: skip
+@target_option
+@click.option("--json", "as_json", is_flag=True, help="One line of JSON when it serves.")
+@pass_diskd
+def serve(diskd: Diskd, vm: str, point: str, nbd: Address, address: Address, as_json: bool) -> None:
+    """Serve a point over NBD, read-only and at once, until this command is ended.
+
+    Each disk is an export of its name, verified as it is read. Whoever reaches the address can read it.
+    """
+
+    def show(progress: dict[str, Any]) -> None:
+        if as_json:
+            print(json.dumps(progress), flush=True)
+        else:
+            for uri in progress["exports"].values():
+                click.echo(uri)
+
+    run_async(
+        lambda: call_once(
+            address,
+            calls.SERVE,
+            calls.ServeRequest(vm, point, str(nbd)),
+            key=diskd.key,
+            seconds_max=SECONDS_UNBOUNDED,
+            on_progress=show,
+        )
+    )
+
+
 def _not_built(verb: str, instead: str) -> NoReturn:
     raise OperatorError(f"target {verb} is not built yet; {instead}")
 
 
 _anything = {"ignore_unknown_options": True}
-
-
-@target.command(context_settings=_anything)
-@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
-def serve(arguments: tuple[str, ...]) -> None:
-    """Serve a point over NBD: not built yet."""
-    _not_built(
-        "serve", "run `qemu-nbd --read-only ROOT/VM/POINT/DISK.qcow2` at the target: it is plain qcow2"
-    )
 
 
 @target.command(context_settings=_anything)

@@ -125,6 +125,15 @@ class SynthesizeReport:
 
 
 @attrs.frozen
+class ServeRequest:
+    """A point over read-only NBD at ``nbd`` on the target's host, for as long as the caller stays."""
+
+    vm: str
+    point: str
+    nbd: str
+
+
+@attrs.frozen
 class PruneRequest:
     """Keep the newest ``keep_last`` points of a VM; with ``dry_run`` only say what that would do."""
 
@@ -160,6 +169,7 @@ LIST: Final = Method("target.list", VmName, ListReport)
 VERIFY: Final = Method("target.verify", PointFilter, VerifyReport)
 SYNTHESIZE: Final = Method("target.synthesize", PointName, SynthesizeReport)
 PRUNE: Final = Method("target.prune", PruneRequest, PruneReport)
+SERVE: Final = Method("target.serve", ServeRequest, Nothing)
 EXPORT: Final = Method("target.export", Nothing, Nothing)
 RESTORE: Final = Method("target.restore", PointName, Nothing)
 EXPORT_IMAGE: Final = Method("export.image", ExportRequest, Nothing)

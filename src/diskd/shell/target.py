@@ -51,7 +51,10 @@ from diskd.core.stream import (
     encode_reply,
 )
 from diskd.errors import Refused
+from diskd.shell.chain_view import OpenPoint
 from diskd.shell.incoming import Incoming, Uncertain
+from diskd.shell.nbd_server import NbdServer
+from diskd.shell.point_export import PointCatalog
 from diskd.shell.repository import Repository, full_of, open_repository
 
 T = TypeVar("T")
@@ -134,6 +137,7 @@ class Target:
         registry.add(calls.VERIFY, self._verify)
         registry.add(calls.SYNTHESIZE, self._synthesize)
         registry.add(calls.PRUNE, self._prune)
+        registry.add(calls.SERVE, self._serve)
         registry.add_stream(calls.EXPORT, self._receive)
         registry.add_stream(calls.RESTORE, self._restore)
 
@@ -188,7 +192,7 @@ class Target:
         self._refuse_written(request.vm, "prune")
         if readers := self._readers[request.vm]:
             raise Refused(
-                f"{request.vm} is being restored ({readers} times); prune again when that has ended"
+                f"{request.vm} is being restored or served ({readers} times); prune again when that has ended"
             )
         async with self._turn(request.vm, "prune"):
             return await self._thread(prune, poll_cancelled)
@@ -330,11 +334,7 @@ class Target:
     async def _restore(self, params: calls.PointName, peer: str, stream: trio.abc.Stream) -> None:
         try:
             async with self._reading:
-                self._readers[params.vm] += 1
-                try:
-                    await self._send_point(params, stream)
-                finally:
-                    self._readers[params.vm] -= 1
+                await self._send_point(params, stream)
         except (HoldfastError, OSError) as error:
             if isinstance(error, trio.BrokenResourceError):
                 raise
@@ -343,20 +343,42 @@ class Target:
                 await stream.send_all(abort(reason_of(error)))
                 await stream.aclose()
 
+    @asynccontextmanager
+    async def _opened(self, vm: str, point: str) -> AsyncIterator[OpenPoint]:
+        """The point, open for reading: its VM is not pruned meanwhile."""
+        self._readers[vm] += 1
+        try:
+            opening = self._repository.open(vm, point)
+            opened = await self._thread(opening.__enter__)
+            try:
+                yield opened
+            finally:
+                with trio.move_on_after(CLEAN_UP_SECONDS_MAX, shield=True):
+                    await self._thread(opening.__exit__, None, None, None)
+        finally:
+            self._readers[vm] -= 1
+
     async def _send_point(self, params: calls.PointName, stream: trio.abc.Stream) -> None:
         """The point as a full export; every byte is verified on its way from the file (B4)."""
-        opening = self._repository.open(params.vm, params.point)
-        opened = await self._thread(opening.__enter__)
-        try:
+        async with self._opened(params.vm, params.point) as opened:
             header, frames = full_of(opened)
             encoder = StreamEncoder(header)
             await _send_bytes(stream, encoder.opening)
             while part := await self._thread(_next_part, encoder, frames):
                 await _send_bytes(stream, part)
             await _send_bytes(stream, encoder.finish())
-        finally:
-            with trio.move_on_after(CLEAN_UP_SECONDS_MAX, shield=True):
-                await self._thread(opening.__exit__, None, None, None)
+
+    async def _serve(self, request: calls.ServeRequest, call: Call) -> calls.Nothing:
+        """Until the caller goes, which cancels this; the NBD connections end with it."""
+        listen = Address.parse(request.nbd)
+        async with self._opened(request.vm, request.point) as opened:
+            server = NbdServer(PointCatalog(opened))
+            async with trio.open_nursery() as nursery:
+                address = await nursery.start(server.serve_tcp, listen)
+                log.info("point.served", vm=request.vm, point=request.point, nbd=str(address))
+                exports = {disk.name: f"nbd://{address}/{disk.name}" for disk in opened.manifest.disks}
+                await call.progress({"nbd": str(address), "exports": exports})
+                await trio.sleep_forever()
 
 
 def _next_part(encoder: StreamEncoder, frames: Iterator[tuple[int, int, bytes]]) -> bytes:
