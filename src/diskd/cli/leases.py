@@ -38,7 +38,7 @@ def _print(found: Lease, *, as_json: bool) -> None:
 def _verb(name: str, method: Method[LeaseRequest, Lease], text: str) -> None:
     @lease.command(name, help=text)
     @click.argument("image")
-    @click.option("--epoch", required=True, type=click.IntRange(1, 2**63 - 1), help="From one counter.")
+    @click.option("--epoch", required=True, type=click.IntRange(1, 2**63 - 1), help="The number of the run: higher than every one before it, of any VM.")
     @click.option("--holder", required=True, help="Who asks, for example n1/web; shown, and compared.")
     @json_option
     @pass_diskd
