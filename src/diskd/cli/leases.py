@@ -35,10 +35,13 @@ def _print(found: Lease, *, as_json: bool) -> None:
     click.echo(text)
 
 
+EPOCH_HELP = "The number of the run: higher than every one before it, of any VM."
+
+
 def _verb(name: str, method: Method[LeaseRequest, Lease], text: str) -> None:
     @lease.command(name, help=text)
     @click.argument("image")
-    @click.option("--epoch", required=True, type=click.IntRange(1, 2**63 - 1), help="The number of the run: higher than every one before it, of any VM.")
+    @click.option("--epoch", required=True, type=click.IntRange(1, 2**63 - 1), help=EPOCH_HELP)
     @click.option("--holder", required=True, help="Who asks, for example n1/web; shown, and compared.")
     @json_option
     @pass_diskd
