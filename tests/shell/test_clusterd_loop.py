@@ -130,6 +130,29 @@ async def test_after_a_stall_the_sockets_are_drained_before_anything_else(tmp_pa
     assert stall.duration_ns > 9 * 10**9
 
 
+async def test_before_a_deadline_the_sockets_are_read(tmp_path: Path) -> None:
+    """Contact may end at it, and the heartbeat that keeps it may be waiting there."""
+    late = Heartbeats({"a": ANY}, {}, lambda: None)
+    sender = Heartbeats({"a": ANY}, {"a": [Address.parse(late.addresses["a"])]}, lambda: None)
+
+    def script(event: Event) -> Ready:
+        if isinstance(event, Started):
+            sender.send(b"beat")
+            core.deadline = 10**7
+            clock[0] = 10**7
+        if isinstance(event, DeadlineReached):
+            core.deadline = None
+            return Ready(act=(Exit("done"),))
+        return Ready()
+
+    clock = [0]
+    core = ScriptedCore(script)
+    loop = CoreLoop(core, tmp_path / "state.json", now=lambda: clock[0])
+    with contextlib.closing(late), contextlib.closing(sender), trio.fail_after(DEADLINE_S):
+        await loop.run(late, lambda act: None)
+    assert [type(event) for event in core.events] == [Started, DatagramReceived, DeadlineReached]
+
+
 async def test_deadlines_are_told_when_they_are_due_and_shutdown_ends_the_loop(tmp_path: Path) -> None:
     def script(event: Event) -> Ready:
         core.deadline = None

@@ -149,7 +149,7 @@ async def test_a_stop_never_overtakes_its_start(directory: Path) -> None:
         for epoch in range(1, 9):
             await observed.ended(epoch)
         kinds = {epoch: [type(e) for e in observed.events if e.epoch == epoch] for epoch in range(1, 9)}
-    assert kinds == dict.fromkeys(range(1, 9), [RunStarted, RunEnded])
+    assert kinds == {epoch: [RunStarted, RunEnded] for epoch in range(1, 9)}
     assert list((directory / "runs").iterdir()) == []
 
 

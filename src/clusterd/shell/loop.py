@@ -116,6 +116,11 @@ class CoreLoop:
         self._take_datagrams()
         for _ in range(len(self._inbox)):
             self._step(self._inbox.popleft())
+        deadline = self._core.next_deadline()
+        if deadline is not None and self.now() >= deadline and self._heartbeats is not None:
+            # Contact may end now, and the heartbeat that keeps it may have come: only its reader had no turn.
+            self._heartbeats.drain()
+            self._take_datagrams()
         for _ in range(DEADLINES_PER_TURN_MAX):
             deadline = self._core.next_deadline()
             if deadline is None or self.now() < deadline:
