@@ -280,7 +280,7 @@ async def test_a_kept_point_knows_what_was_written_since(tmp_path):
         assert point.valid and point.point == frozen.point
         changed = {
             block
-            for start, length in library.changes("a", frozen.point).extents
+            for start, length in (await library.changes("a", frozen.point)).extents
             for block in range(start // BLOCK, -(-(start + length) // BLOCK))
         }
         assert changed == {0, 1, *range(10, 15), 20, 21, 22}
@@ -300,10 +300,28 @@ async def test_discarding_leaves_the_source_as_if_not_tried(tmp_path):
         await put(export.device, 5 * BLOCK, b"2" * BLOCK)
         await second.end("discard")
         assert [point.point for point in library.points("a")] == [first.point]
-        assert library.changes("a", first.point).extents == [(0, BLOCK), (5 * BLOCK, BLOCK)]
+        assert (await library.changes("a", first.point)).extents == [(0, BLOCK), (5 * BLOCK, BLOCK)]
         with pytest.raises(NoSuchPoint):
-            library.changes("a", second.point)
+            await library.changes("a", second.point)
         export.close()
+
+
+def mappings():
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    return sum("/holdfast-" in line for line in lines)
+
+
+async def test_a_cut_leaves_no_bitmap_mapped_behind(tmp_path):
+    """32 MiB per TiB and backup, until the image was closed."""
+    async with serving(tmp_path) as library:
+        await library.create_image("a", SIZE)
+        counts = set()
+        for _ in range(3):
+            frozen = await library.begin_checkpoint("web", disks("a"), "")
+            await frozen.end("keep")
+            await until(lambda: library.checkpoints() == [])
+            counts.add(mappings())
+        assert len(counts) == 1
 
 
 async def test_a_pending_point_waits_to_be_settled(tmp_path):
@@ -425,7 +443,9 @@ async def test_a_checkpoint_held_by_hand_survives_a_restart(tmp_path):
             await library.begin_checkpoint("web", disks("a"), "")
         await library.end_checkpoint(frozen.checkpoint, "keep")
         await until(lambda: library.checkpoints() == [])
-        assert library.points("a")[0].valid and library.changes("a", frozen.point).extents == [(0, BLOCK)]
+        assert library.points("a")[0].valid and (await library.changes("a", frozen.point)).extents == [
+            (0, BLOCK)
+        ]
         assert await get(export.device, 0, BLOCK) == b"2" * BLOCK
         export.close()
 

@@ -107,7 +107,7 @@ async def test_a_stop_within_a_merge_keeps_every_point(tmp_path, settings):
         await until(slow.begun.is_set)
     async with open_library(tmp_path / "root", settings) as library:
         assert library._images["a"].image.opened_how == "clean"
-        report = library.changes("a", point)
+        report = await library.changes("a", point)
         assert report.exact and report.extents == [(0, BLOCK), (5 * BLOCK, 9 * BLOCK)]
 
 
@@ -128,7 +128,7 @@ async def test_a_damaged_record_harms_nobody(tmp_path, settings):
         await until(lambda: library.image("a").checkpoint is None)
         device = await plain(library)
         assert await device.read(7 * BLOCK, BLOCK) == b"2" * BLOCK
-        assert library.changes("a", point).extents == [(0, BLOCK), (7 * BLOCK, BLOCK)]
+        assert (await library.changes("a", point)).extents == [(0, BLOCK), (7 * BLOCK, BLOCK)]
         assert library.checkpoints() == []
         # The next one begins, and starts after it find the damaged one out of their way.
         await (await library.begin_checkpoint("web", DISKS, "")).end("keep")
@@ -169,7 +169,7 @@ async def test_a_start_that_can_record_nothing_serves_all_the_same(tmp_path, set
         assert await device.read(7 * BLOCK, BLOCK) == b"2" * BLOCK
         await device.write(8 * BLOCK, b"3" * BLOCK)
         await until(lambda: library.image("a").checkpoint is None)
-        assert library.changes("a", point).extents == [(0, BLOCK), (7 * BLOCK, 2 * BLOCK)]
+        assert (await library.changes("a", point)).extents == [(0, BLOCK), (7 * BLOCK, 2 * BLOCK)]
         assert library.checkpoints()
         for path in blocks:
             if path.exists():
@@ -193,8 +193,8 @@ async def test_an_end_that_cannot_be_recorded_is_made_up_for(tmp_path, settings)
         blocked.rmdir()
         await until(lambda: library.checkpoints() == [])
         assert [info.valid for info in library.points("a")] == [True, True]
-        assert library.changes("a", point).extents == [(0, BLOCK), (7 * BLOCK, BLOCK)]
-        assert library.changes("a", frozen.point).extents == [(7 * BLOCK, BLOCK)]
+        assert (await library.changes("a", point)).extents == [(0, BLOCK), (7 * BLOCK, BLOCK)]
+        assert (await library.changes("a", frozen.point)).extents == [(7 * BLOCK, BLOCK)]
 
 
 async def test_a_merge_that_failed_refuses_the_next_checkpoint(tmp_path, settings):

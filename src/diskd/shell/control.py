@@ -135,7 +135,7 @@ class Control:
         return calls.Nothing()
 
     async def _changes(self, params: calls.PointName, _call: Call) -> ChangesInfo:
-        found = self._library.changes(params.image, params.point)
+        found = await self._library.changes(params.image, params.point)
         if len(found.extents) > calls.CHANGES_EXTENTS_MAX:
             raise Refused(
                 f"{params.image} changed in {len(found.extents)} extents, more than one answer holds"

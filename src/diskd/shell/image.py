@@ -24,7 +24,7 @@ from diskd.core import interval, mrt, points
 from diskd.core.changes import report
 from diskd.core.extents import PageMap, page_map
 from diskd.core.geometry import BLOCK_BYTES_DEFAULT, REGION_BYTES_DEFAULT, Geometry, Identity
-from diskd.core.points import Point, Span
+from diskd.core.points import Catalogue, Point, Span
 from diskd.core.ports import ChangeReport, Layer
 from diskd.core.steps import Script
 from diskd.core.tracker import Tracker, commit, flush, next_header, remove_segment, replace_catalogue
@@ -364,31 +364,47 @@ class Image:
         """All points, oldest first: id, rct_id, state (pending, valid, invalid), reason, size_bytes."""
         return list(self.tracker.catalogue.points)
 
+    async def changes(self, point: str) -> ChangeReport:
+        """``changes_since`` up to now, for the loop: reading and uniting large bitmaps goes by thread."""
+        while True:
+            catalogue = self.tracker.catalogue
+            span = points.span(catalogue, point)
+            active, over = self._active()
+            try:
+                return await trio.to_thread.run_sync(self._report, span, active, over)
+            except Damaged as error:
+                self._raise_unless_moved(point, catalogue, error)
+
     def changes_since(self, point: str, *, until: str | None = None) -> ChangeReport:
         """The changes between two points, or (from the loop's thread only) between a point and now.
 
         Reads side files. Raises NoSuchPoint with the reason and the remedy (T4). ``until`` may be pending,
         ``point`` must be valid."""
-        span, closed = self._closed_since(point, until)
-        over = 0
-        if span.with_active:
-            frozen = self.tracker.frozen
-            for area in (self.tracker.area, *((frozen.area,) if frozen else ())):
-                closed.append(page_map(area.bits, self.identity.geometry.page_bytes))
-                over += area.over_report_bytes
-        geometry = self.identity.geometry
-        return report(geometry, span, interval.unite(closed), active_over_report_bytes=over)
-
-    def _closed_since(self, point: str, until: str | None) -> tuple[Span, list[PageMap]]:
         while True:
             catalogue = self.tracker.catalogue
             span = points.span(catalogue, point, until)
+            active, over = self._active() if span.with_active else ([], 0)
             try:
-                return span, [self._read_interval(segment.interval) for segment in span.segments]
+                return self._report(span, active, over)
             except Damaged as error:
-                # Joined or deleted while we read: the new catalogue knows where its bits are now.
-                if self.tracker.catalogue is catalogue:
-                    raise points.damaged(point, str(error)) from error
+                self._raise_unless_moved(point, catalogue, error)
+
+    def _active(self) -> tuple[list[PageMap], int]:
+        """A copy of what has no file yet, and its over-report."""
+        frozen = self.tracker.frozen
+        areas = (self.tracker.area, *((frozen.area,) if frozen else ()))
+        pages = [page_map(area.bits, self.identity.geometry.page_bytes) for area in areas]
+        return pages, sum(area.over_report_bytes for area in areas)
+
+    def _report(self, span: Span, active: list[PageMap], over: int) -> ChangeReport:
+        closed = [self._read_interval(segment.interval) for segment in span.segments]
+        pages = interval.unite([*closed, *active])
+        return report(self.identity.geometry, span, pages, active_over_report_bytes=over)
+
+    def _raise_unless_moved(self, point: str, catalogue: Catalogue, error: Damaged) -> None:
+        """Joined or deleted while we read: then the new catalogue knows where the bits are now."""
+        if self.tracker.catalogue is catalogue:
+            raise points.damaged(point, str(error)) from error
 
     def _read_interval(self, number: int) -> PageMap:
         path = self.directory / interval.file_name(number)

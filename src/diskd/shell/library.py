@@ -370,10 +370,10 @@ class Library:
         except OSError as error:
             raise Refused(f"point {point} cannot be deleted: {error}") from error
 
-    def changes(self, image: str, since: str) -> ChangesInfo:
+    async def changes(self, image: str, since: str) -> ChangesInfo:
         """The changes since a valid point up to now. Raises NoSuchPoint (T4)."""
         found = self._find(image).image
-        report = found.changes_since(since)
+        report = await found.changes(since)
         return ChangesInfo(
             image, since, found.block_bytes, report.exact, report.over_report_bytes, report.extents
         )
