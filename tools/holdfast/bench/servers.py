@@ -1,7 +1,8 @@
-"""The NBD servers under comparison, each a separate process on a loopback port with a disk of its own.
+"""The NBD servers under comparison, each a process with its own disk, on loopback TCP or a Unix socket.
 
 Peers run at their best settings for this comparison: nbdkit's file plugin (no tracking at all) with its
-default 16 threads, qemu-nbd on qcow2 with a persistent dirty bitmap, io_uring left to its default.
+default 16 threads, qemu-nbd on qcow2 with a persistent dirty bitmap. ``untracked`` is our own server over the
+bare raw file: what tracking, leases and the hold cost is the difference between it and ``holdfast``.
 """
 
 import contextlib
@@ -15,11 +16,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Literal
 
 import attrs
 
 READY_SECONDS_MAX = 20.0
 STOP_SECONDS_MAX = 20.0
+
+Transport = Literal["TCP", "Unix socket"]
 
 
 class BenchFailed(Exception):
@@ -28,117 +32,155 @@ class BenchFailed(Exception):
 
 @attrs.frozen
 class Server:
-    """A running server: what to call it in the table, and the URI under which clients reach its disk."""
+    """A running server: what to call it in the table, and the URI under which clients reach its disk.
+
+    ``fresh`` makes a new, empty disk of so many bytes and returns its URI, where the server has that.
+    """
 
     name: str
     uri: str
     pid: int
+    size_bytes: int
+    fresh: Callable[[int], str] | None = None
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+@attrs.frozen
+class Place:
+    """Where a server listens."""
+
+    transport: Transport
+    port: int
+    path: Path
+
+    @classmethod
+    def make(cls, transport: Transport, directory: Path, name: str) -> "Place":
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            return cls(transport, probe.getsockname()[1], directory / f"{name}.sock")
+
+    def uri(self, export: str = "") -> str:
+        if self.transport == "TCP":
+            return f"nbd://127.0.0.1:{self.port}/{export}"
+        return f"nbd+unix:///{export}?socket={self.path}"
+
+    def connect(self) -> None:
+        """Raises OSError where nobody listens."""
+        if self.transport == "TCP":
+            socket.create_connection(("127.0.0.1", self.port), 0.2).close()
+        else:
+            with socket.socket(socket.AF_UNIX) as probe:
+                probe.connect(str(self.path))
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    process.send_signal(signal.SIGTERM)
+@contextlib.contextmanager
+def _running(argv: list[str], log: Path) -> Iterator["subprocess.Popen[bytes]"]:
+    """A process with its stderr in a file; SIGTERM at the end."""
+    with log.open("wb") as errors:
+        process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=errors)
     try:
-        process.wait(STOP_SECONDS_MAX)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-    if process.stdout:
+        yield process
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(STOP_SECONDS_MAX)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        assert process.stdout is not None
         process.stdout.close()
 
 
-def wait_listening(process: subprocess.Popen[bytes], port: int) -> None:
-    """Until something accepts on the port; the process ending first is a failure."""
-
+def wait_listening(process: "subprocess.Popen[bytes]", place: Place) -> None:
+    """Until something accepts there; the process ending first is a failure."""
     deadline = time.monotonic() + READY_SECONDS_MAX
     while time.monotonic() < deadline:
         if process.poll() is not None:
             raise BenchFailed(f"{process.args!r} ended with {process.returncode}")
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 0.2):
+        with contextlib.suppress(OSError):
+            place.connect()
             return
         time.sleep(0.02)
-    raise BenchFailed(f"{process.args!r} does not listen on port {port}")
+    raise BenchFailed(f"{process.args!r} does not listen")
 
 
 @contextlib.contextmanager
-def holdfast(directory: Path, size_bytes: int) -> Iterator[Server]:
+def holdfast(directory: Path, size_bytes: int, transport: Transport) -> Iterator[Server]:
     """diskd with tracking on, as users run it."""
-    root = directory / "holdfast"
+    root, log = directory / "root", directory / "diskd.log"
     root.mkdir()
+    place = Place.make(transport, directory, "diskd")
     binaries = Path(sys.executable).parent
-    argv = [str(binaries / "diskd"), "run", "--root", str(root), "--nbd", "127.0.0.1:0"]
-    log = (directory / "diskd.log").open("wb")
-    process = subprocess.Popen([*argv, "--control", "127.0.0.1:0"], stdout=subprocess.PIPE, stderr=log)
-    try:
+    argv = [str(binaries / "diskd"), "run", "--root", str(root), "--control", "127.0.0.1:0"]
+    argv += ["--nbd", f"127.0.0.1:{place.port}"] if transport == "TCP" else ["--nbd-socket", str(place.path)]
+    made: list[str] = []
+    with _running(argv, log) as process:
         assert process.stdout is not None
         line = process.stdout.readline()
         if not line:
-            raise BenchFailed(f"diskd did not start: see {directory / 'diskd.log'}")
-        ready = json.loads(line)
-        create = [str(binaries / "diskctl"), "--control", ready["control"], "image", "create", "disk"]
-        subprocess.run([*create, str(size_bytes)], check=True, stdout=subprocess.DEVNULL)
-        yield Server("holdfast", f"nbd://{ready['nbd']}/disk", process.pid)
-    finally:
-        _stop(process)
-        log.close()
+            raise BenchFailed(f"diskd did not start: {log.read_text()[-300:]}")
+        control = json.loads(line)["control"]
+
+        def fresh(size: int) -> str:
+            made.append(f"disk{len(made)}")
+            argv = [str(binaries / "diskctl"), "--control", control, "image", "create", made[-1], str(size)]
+            subprocess.run(argv, check=True, stdout=subprocess.DEVNULL)
+            return place.uri(made[-1])
+
+        yield Server("holdfast", fresh(size_bytes), process.pid, size_bytes, fresh)
 
 
 @contextlib.contextmanager
-def nbdkit(directory: Path, size_bytes: int) -> Iterator[Server]:
+def untracked(directory: Path, size_bytes: int, transport: Transport) -> Iterator[Server]:
+    """Our NBD server over the bare file: no tracking, no lease, no hold."""
+    place = Place.make(transport, directory, "untracked")
+    where = str(place.port) if transport == "TCP" else str(place.path)
+    argv = [sys.executable, "-m", "holdfast.bench.untracked", _file(directory, size_bytes), where]
+    with _running(argv, directory / "untracked.log") as process:
+        wait_listening(process, place)
+        yield Server("untracked", place.uri(), process.pid, size_bytes)
+
+
+@contextlib.contextmanager
+def nbdkit(directory: Path, size_bytes: int, transport: Transport) -> Iterator[Server]:
     """nbdkit's file plugin: C, no tracking."""
-    path = directory / "nbdkit.raw"
+    place = Place.make(transport, directory, "nbdkit")
+    where = ["-i", "127.0.0.1", "-p", str(place.port)] if transport == "TCP" else ["-U", str(place.path)]
+    argv = ["nbdkit", "-f", *where, "file", _file(directory, size_bytes)]
+    with _running(argv, directory / "nbdkit.log") as process:
+        wait_listening(process, place)
+        yield Server("nbdkit", place.uri(), process.pid, size_bytes)
+
+
+@contextlib.contextmanager
+def qemu_nbd(directory: Path, size_bytes: int, transport: Transport) -> Iterator[Server]:
+    """qemu-nbd on qcow2 with a persistent dirty bitmap: QEMU's own change tracking."""
+    path = str(directory / "qemu.qcow2")
+    for argv in (
+        ["qemu-img", "create", "-q", "-f", "qcow2", path, str(size_bytes)],
+        ["qemu-img", "bitmap", "--add", path, "b0"],
+    ):
+        subprocess.run(argv, check=True, stdout=subprocess.DEVNULL)
+    place = Place.make(transport, directory, "qemu-nbd")
+    where = ["-b", "127.0.0.1", "-p", str(place.port)] if transport == "TCP" else ["-k", str(place.path)]
+    argv = ["qemu-nbd", "-f", "qcow2", *where, "-t", "-e", "4", "--cache=writeback", path]
+    with _running(argv, directory / "qemu-nbd.log") as process:
+        wait_listening(process, place)
+        yield Server("qemu-nbd", place.uri(), process.pid, size_bytes)
+
+
+def _file(directory: Path, size_bytes: int) -> str:
+    path = directory / "disk.raw"
     with path.open("wb") as file:
         file.truncate(size_bytes)
-    port = free_port()
-    process = subprocess.Popen(["nbdkit", "-f", "-i", "127.0.0.1", "-p", str(port), "file", str(path)])
-    try:
-        wait_listening(process, port)
-        yield Server("nbdkit", f"nbd://127.0.0.1:{port}", process.pid)
-    finally:
-        _stop(process)
+    return str(path)
 
 
-@contextlib.contextmanager
-def qemu_nbd(directory: Path, size_bytes: int) -> Iterator[Server]:
-    """qemu-nbd on qcow2 with a persistent dirty bitmap: QEMU's own change tracking."""
-    path = directory / "qemu.qcow2"
-    quiet = {"check": True, "stdout": subprocess.DEVNULL}
-    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", path, str(size_bytes)], **quiet)  # type: ignore[call-overload] # the shared keywords defeat run's overloads
-    subprocess.run(["qemu-img", "bitmap", "--add", path, "b0"], **quiet)  # type: ignore[call-overload] # likewise
-    port = free_port()
-    argv = [
-        "qemu-nbd",
-        "-f",
-        "qcow2",
-        "-b",
-        "127.0.0.1",
-        "-p",
-        str(port),
-        "-t",
-        "-e",
-        "4",
-        "--cache=writeback",
-    ]
-    process = subprocess.Popen([*argv, str(path)])
-    try:
-        wait_listening(process, port)
-        yield Server("qemu-nbd", f"nbd://127.0.0.1:{port}", process.pid)
-    finally:
-        _stop(process)
-
-
-Starter = Callable[[Path, int], contextlib.AbstractContextManager[Server]]
+Starter = Callable[[Path, int, Transport], contextlib.AbstractContextManager[Server]]
 
 
 def available() -> tuple[dict[str, Starter], list[str]]:
     """The servers that can run here, ours first, and why the others cannot."""
-    starters: dict[str, Starter] = {"holdfast": holdfast}
+    starters: dict[str, Starter] = {"holdfast": holdfast, "untracked": untracked}
     missing = []
     for name, program, starter in (("nbdkit", "nbdkit", nbdkit), ("qemu-nbd", "qemu-nbd", qemu_nbd)):
         if shutil.which(program):
