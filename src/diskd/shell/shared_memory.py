@@ -7,6 +7,7 @@ import contextlib
 import errno
 import mmap
 import os
+import weakref
 from pathlib import Path
 from typing import Final
 from uuid import UUID
@@ -20,7 +21,8 @@ class SharedDirectory:
     def __init__(self, directory: Path, image: UUID) -> None:
         self._directory = directory
         self._prefix = f"{_PREFIX}{image.hex}-"
-        self._maps: list[mmap.mmap] = []
+        # A mapping lives exactly as long as somebody has a view of it: every cut takes another one.
+        self._maps: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
 
     def _path(self, nonce: bytes) -> Path:
         return self._directory / f"{self._prefix}{nonce.hex()}"
@@ -70,14 +72,14 @@ class SharedDirectory:
 
     def close(self) -> None:
         """Unmap everything. The files stay."""
-        while self._maps:
+        for mapped in list(self._maps):
             # A view still held by a running call keeps its mapping until that call ends.
             with contextlib.suppress(BufferError):
-                self._maps.pop().close()
+                mapped.close()
 
     def _map(self, descriptor: int, size_bytes: int) -> memoryview:
         if size_bytes <= 0:
             raise OSError(errno.EINVAL, "an empty shared bitmap")
         mapped = mmap.mmap(descriptor, size_bytes, mmap.MAP_SHARED)
-        self._maps.append(mapped)
+        self._maps.add(mapped)
         return memoryview(mapped)
