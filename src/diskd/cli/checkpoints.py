@@ -53,7 +53,11 @@ def begin(
               help="As if it had not been tried. (default)")  # fmt: skip
 @pass_diskd
 def end(diskd: Diskd, checkpoint_id: str, outcome: Literal["keep", "discard"]) -> None:
-    """End a checkpoint. Answers once that is durable; its AVHD is merged behind."""
+    """End a checkpoint. Answers once that is durable; its AVHD is merged behind.
+
+    A pending one, whose target's acknowledgement was lost, is settled by the next backup to that target;
+    where the target is gone for good, this settles it by hand.
+    """
     diskd.call(calls.CHECKPOINT_END, calls.EndCheckpoint(checkpoint_id, outcome))
     click.echo(
         f"checkpoint {checkpoint_id} ended, {'its point is valid' if outcome == 'keep' else 'discarded'}"
