@@ -1,4 +1,4 @@
-"""What concerns every test: nothing is left in shared memory."""
+"""What concerns every test: no deadlines on examples, nothing left in shared memory."""
 
 import tomllib
 from collections.abc import Iterator
@@ -6,8 +6,13 @@ from pathlib import Path
 from uuid import UUID
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 SHARED = Path("/dev/shm")
+
+# How long an example takes says something about the machine, not about the code: speed belongs in `make bench`.
+settings.register_profile("holdfast", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("holdfast")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -352,6 +352,20 @@ async def test_a_full_disk_fails_that_backup_only(tmp_path, library, nursery):
     assert [p.problems for p in verified.points] == [[], []]
 
 
+async def test_a_full_disk_is_named_whatever_else_is_under_way(tmp_path, library, nursery):
+    """Many small frames: the receiving side is waiting for the writing one when that fails."""
+    files = FullDisk()
+    address, _ = await start_target(nursery, tmp_path, files=files)
+    for block in range(0, 6000, 2):
+        library.images["system"].write(block * 4096, b"s" * 4096)
+    await backup(library, address)
+    for block in range(0, 6000, 2):
+        library.images["system"].write(block * 4096, b"t" * 4096)
+    files.room = 400 * 4096
+    with RaisesLeaf(Refused, "No space left on device"):
+        await backup(library, address)
+
+
 async def until(condition):
     with trio.fail_after(30):
         while not condition():  # noqa: ASYNC110 - another process changes it

@@ -311,7 +311,10 @@ class Target:
                         return
                     if not isinstance(event, Frame):
                         raise StreamError("the stream ends before its trailer: it is not complete")
-                    await send.send(event)
+                    try:
+                        await send.send(event)
+                    except trio.BrokenResourceError:
+                        return  # The writer has failed: its error is the one to tell.
 
         def write(batch: list[Frame]) -> None:
             for item in batch:
