@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, settings
 
 SHARED = Path("/dev/shm")
 
-# How long an example takes says something about the machine, not about the code: speed belongs in `make bench`.
+# How long an example takes says something about the machine, not about the code: see `make bench` for speed.
 settings.register_profile("holdfast", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("holdfast")
 
