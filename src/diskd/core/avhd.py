@@ -27,7 +27,6 @@ silently take back flushed writes. No head means that the fork was never complet
 """
 
 import errno
-import json
 import struct
 import zlib
 from collections.abc import Iterable, Iterator
@@ -38,6 +37,7 @@ import attrs
 import numpy as np
 import numpy.typing as npt
 
+from diskd.core.sealed_line import seal, unseal
 from diskd.core.steps import Read, Remove, Replace, Script, Size, Sync, Truncate, Write
 from diskd.errors import Damaged
 
@@ -92,20 +92,13 @@ def cell_bytes(blocks: int) -> int:
 
 def encode_head(head: Head) -> bytes:
     """One JSON line and its CRC-32."""
-    body = json.dumps({"version": _VERSION, **attrs.asdict(head)}, sort_keys=True)
-    return f"{body}\n{zlib.crc32(body.encode()):08x}\n".encode()
+    return seal(_VERSION, attrs.asdict(head))
 
 
 def decode_head(data: bytes) -> Head:
     """Raises Damaged."""
     try:
-        body, check, rest = data.decode("ascii").split("\n")
-        if rest or check != f"{zlib.crc32(body.encode()):08x}":
-            raise ValueError("checksum")
-        fields: dict[str, Any] = json.loads(body)
-        if fields.pop("version") != _VERSION:
-            raise ValueError("version")
-        head = Head(**fields)
+        head = Head(**unseal(_VERSION, data))
         texts = (head.checkpoint, head.image_uuid, head.nonce, head.live_nonce)
         if not all(type(text) is str for text in texts) or len(bytes.fromhex(head.nonce)) != 8:
             raise ValueError("fields")

@@ -24,10 +24,9 @@ may have committed, and it is merged. One begun by hand stands for ``checkpoint_
 its reader can come back and end it; then it is discarded.
 """
 
-import json
 import struct
 import zlib
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 import attrs
 
@@ -43,6 +42,7 @@ from diskd.core.inventory import (
     HeldBy,
     Outcome,
 )
+from diskd.core.sealed_line import seal, unseal
 from diskd.core.steps import Read, Remove, Replace, Script, Size, Sync, Truncate, Write
 from diskd.errors import Damaged, Refused
 
@@ -148,20 +148,13 @@ def recover(record: Record, *, invalid: bool) -> Recovery:
 
 def encode_record(record: Record) -> bytes:
     """One JSON line and its CRC-32."""
-    body = json.dumps({"version": _VERSION, **unstructure(record)}, sort_keys=True)
-    return f"{body}\n{zlib.crc32(body.encode()):08x}\n".encode()
+    return seal(_VERSION, unstructure(record))
 
 
 def decode_record(data: bytes) -> Record:
     """Raises Damaged."""
     try:
-        body, check, rest = data.decode("ascii").split("\n")
-        if rest or check != f"{zlib.crc32(body.encode()):08x}":
-            raise ValueError("checksum")
-        fields: dict[str, Any] = json.loads(body)
-        if fields.pop("version") != _VERSION:
-            raise ValueError("version")
-        record = structure(Record, fields)
+        record = structure(Record, unseal(_VERSION, data))
         if CHECKPOINT_PATTERN.fullmatch(record.checkpoint) is None or not _is_well_formed(record):
             raise ValueError("fields")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, SchemaError) as error:

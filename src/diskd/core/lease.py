@@ -14,14 +14,13 @@ since a delayed copy of an old request must never bring an ended run back.
 """
 
 import errno
-import json
-import zlib
 from collections.abc import Callable
 from typing import Any, Final
 
 import attrs
 
 from daemonkit.diskd_api import Lease
+from diskd.core.sealed_line import seal, unseal
 from diskd.core.steps import Read, Replace, Script, Size
 from diskd.errors import Damaged, Fenced, Refused
 
@@ -165,20 +164,13 @@ def check_write(state: LeaseState, claim: Claim) -> None:
 
 def encode(state: LeaseState) -> bytes:
     """One JSON line and its CRC-32, so that a person can read it and a damaged one is known as such."""
-    body = json.dumps({"version": _VERSION, **attrs.asdict(state)}, sort_keys=True)
-    return f"{body}\n{zlib.crc32(body.encode()):08x}\n".encode()
+    return seal(_VERSION, attrs.asdict(state))
 
 
 def decode(data: bytes) -> LeaseState:
     """Raises Damaged: an image whose epoch is unknown must not be written to."""
     try:
-        body, check, rest = data.decode("ascii").split("\n")
-        if rest or check != f"{zlib.crc32(body.encode()):08x}":
-            raise ValueError("checksum")
-        fields: dict[str, Any] = json.loads(body)
-        if fields.pop("version") != _VERSION:
-            raise ValueError("version")
-        state = LeaseState(**fields)
+        state = LeaseState(**unseal(_VERSION, data))
         if not _is_well_formed(state):
             raise ValueError("fields")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
