@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from holdfast.bench.breaks import BREAKS
+
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted([*ROOT.glob("src/**/*.py"), *ROOT.glob("tools/**/*.py")])
 TESTS = sorted(ROOT.glob("tests/**/*.py"))
@@ -99,3 +101,10 @@ def test_nothing_is_left_to_do() -> None:
 def test_test_files_have_unique_names() -> None:
     names = [path.name for path in TESTS if path.name.startswith("test_")]
     assert len(names) == len(set(names)), "importlib mode wants unique module names"
+
+
+def test_every_break_of_a_rule_still_finds_its_place() -> None:
+    """`make broken` takes minutes; that its edits are not stale is seen here."""
+    for break_ in BREAKS:
+        assert (ROOT / break_.file).read_text().count(break_.old) == 1, break_.name
+        assert all((ROOT / test).exists() for test in break_.tests), break_.name

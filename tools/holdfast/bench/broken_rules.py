@@ -2,7 +2,8 @@
 
 Each break edits one place in a copy of the tree and runs the tests that guard the rule. The edit must find
 its text exactly once, or the break is stale and that is a failure too; the tests must fail (pytest's exit
-code 1), not stumble over an import. A break that no test notices is reported, and the exit code is 1.
+code 1), not stumble over an import. First of all the same tests must pass in a copy in which nothing is
+broken: a test that fails there catches nothing. A break that no test notices is reported, with exit code 1.
 """
 
 import os
@@ -22,6 +23,8 @@ ROOT = Path(__file__).resolve().parents[3]
 COPIED = ("src", "tools", "tests", "scenarios", "docs", "pyproject.toml", "README.md", "Makefile", "LICENSE")
 TESTS_FAILED = 1  # pytest's exit code for exactly that
 TEST_SECONDS_MAX = 600
+# Not named after the project: a test looks for its files among all mappings by that name.
+PREFIX = "broken-rules-"
 
 
 def copy_tree(to: Path) -> None:
@@ -44,18 +47,29 @@ def apply(break_: Break, tree: Path) -> str | None:
     return None
 
 
-def run_tests(break_: Break, tree: Path) -> tuple[bool, str]:
-    """(caught, by what)."""
+def run_tests(tests: tuple[str, ...], tree: Path) -> tuple[int, str]:
+    """pytest's exit code, and the first test that failed or what pytest said last."""
     path = f"{tree / 'src'}:{tree / 'tools'}"
     environment = {**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
-    argv = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *break_.tests]
+    argv = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
     done = subprocess.run(
         argv, cwd=tree, env=environment, capture_output=True, text=True, check=False, timeout=TEST_SECONDS_MAX
     )
     failed = [line for line in done.stdout.splitlines() if line.startswith("FAILED")]
-    if done.returncode == TESTS_FAILED and failed:
-        return True, failed[0].removeprefix("FAILED ").split(" - ")[0]
-    return False, f"pytest exited {done.returncode}: {done.stdout.strip().splitlines()[-1:]}"
+    if failed:
+        return done.returncode, failed[0].removeprefix("FAILED ").split(" - ")[0]
+    return done.returncode, f"pytest exited {done.returncode}: {done.stdout.strip().splitlines()[-1:]}"
+
+
+def check_whole(breaks: list[Break]) -> None:
+    """Raises OperatorError unless all their tests pass where nothing is broken."""
+    tests = tuple(sorted({test for break_ in breaks for test in break_.tests}))
+    with tempfile.TemporaryDirectory(prefix=PREFIX) as name:
+        copy_tree(Path(name))
+        code, said = run_tests(tests, Path(name))
+    if code:
+        raise OperatorError(f"the tests do not pass even with nothing broken: {said}")
+    print("whole   nothing broken: every test passes", flush=True)
 
 
 @click.command()
@@ -71,13 +85,15 @@ def main(names: tuple[str, ...], only_list: bool) -> None:
         for break_ in chosen:
             print(f"{break_.name}: {break_.rule}: {break_.what}")
         return
+    check_whole(chosen)
     missed = 0
     for break_ in chosen:
-        with tempfile.TemporaryDirectory(prefix="holdfast-broken-") as name:
+        with tempfile.TemporaryDirectory(prefix=PREFIX) as name:
             tree = Path(name)
             copy_tree(tree)
             reason = apply(break_, tree)
-            caught, by = (False, reason) if reason else run_tests(break_, tree)
+            code, by = (0, reason) if reason else run_tests(break_.tests, tree)
+        caught = code == TESTS_FAILED
         missed += not caught
         print(f"{'caught' if caught else 'MISSED'}  {break_.name} ({break_.rule}): {by}", flush=True)
     print(f"broken: {len(chosen) - missed} of {len(chosen)} breaks caught")
