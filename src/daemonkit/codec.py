@@ -6,7 +6,7 @@ make it take memory which the sender did not send. Depth is bounded by msgpack i
 
 from typing import Any, Final
 
-import msgpack  # type: ignore[import-untyped]
+import msgpack  # type: ignore[import-untyped] # msgpack ships no types
 
 from daemonkit.errors import ProtocolError
 

@@ -72,7 +72,7 @@ class Carrier:
             delay = None if name == host.name else world.network.delay(host.name, name)
             if delay is not None:
                 peer = world.hosts[name]
-                world.after(delay, lambda p=peer: world.deliver(p, event, p.generation))  # type: ignore[misc]
+                world.after(delay, lambda p=peer: world.deliver(p, event, p.generation))  # type: ignore[misc] # mypy cannot infer a lambda with a default
 
     # -- the store
 

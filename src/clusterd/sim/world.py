@@ -126,7 +126,7 @@ class World:
 
     def start_all(self) -> None:
         for host in self.hosts.values():
-            self.after(int(self.randomness.random() * 20 * MILLISECOND), lambda h=host: self.start(h))  # type: ignore[misc]
+            self.after(int(self.randomness.random() * 20 * MILLISECOND), lambda h=host: self.start(h))  # type: ignore[misc] # mypy cannot infer a lambda with a default
 
     def start(self, host: Host) -> None:
         """Start clusterd on a host that is up: state is read, the incarnation raised and made durable."""
