@@ -12,10 +12,10 @@ from daemonkit.diskd_api import BACKUP_RUN, BackupDisk, BackupMode, BackupReport
 from daemonkit.durable import read_small_file
 from daemonkit.errors import OperatorError, UsageError
 from daemonkit.ports import Address
+from daemonkit.progress import Progress
 from daemonkit.schema import unstructure
 from daemonkit.units import format_size
 from diskd.cli.calling import SECONDS_UNBOUNDED, Diskd, pass_diskd
-from diskd.cli.progress import Progress
 
 
 @click.command()

@@ -7,9 +7,9 @@ import click
 
 from daemonkit.cli import run_async
 from daemonkit.errors import OperatorError, UsageError
+from daemonkit.progress import Progress
 from daemonkit.units import format_size
 from diskd.cli.calling import Diskd, pass_diskd
-from diskd.cli.progress import Progress
 from diskd.core import target_calls as calls
 
 

@@ -8,9 +8,9 @@ import click
 from daemonkit.cli import SIZE, print_json
 from daemonkit.diskd_api import ImageName
 from daemonkit.errors import OperatorError
+from daemonkit.progress import Progress
 from daemonkit.units import format_size
 from diskd.cli.calling import SECONDS_UNBOUNDED, Diskd, json_option, pass_diskd, print_table
-from diskd.cli.progress import Progress
 from diskd.core import calls
 from diskd.core.inventory import ImageInfo
 

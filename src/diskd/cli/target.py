@@ -11,10 +11,10 @@ from daemonkit.cli import ADDRESS, call_once, print_json, run_async
 from daemonkit.errors import OperatorError
 from daemonkit.methods import Method
 from daemonkit.ports import Address
+from daemonkit.progress import Progress
 from daemonkit.schema import unstructure
 from daemonkit.units import format_size
 from diskd.cli.calling import SECONDS_UNBOUNDED, Diskd, pass_diskd, print_table
-from diskd.cli.progress import Progress
 from diskd.core import target_calls as calls
 
 P = TypeVar("P")
