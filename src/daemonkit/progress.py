@@ -19,7 +19,7 @@ class Progress:
 
     def __call__(self, value: Any) -> None:
         if self.as_json:
-            print(json.dumps({"progress": value}), flush=True)
+            click.echo(json.dumps({"progress": value}))
         elif sys.stderr.isatty() and isinstance(value, dict):
             click.echo("\r\x1b[K" + _line(value), nl=False, err=True)
             self._shown = True
