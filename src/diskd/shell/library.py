@@ -7,19 +7,15 @@ ROOT/images/.gone-NAME    being deleted; swept at the start
 ROOT/checkpoints/ID/      one checkpoint's record
 """
 
-import contextlib
 import os
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Final
 
-import structlog
 import trio
 
 from daemonkit import durable
 from daemonkit.diskd_api import ActivityReport, BackupDisk, Lease
-from daemonkit.errors import HoldfastError
 from diskd.core import lease
 from diskd.core.inventory import (
     ChangesInfo,
@@ -29,32 +25,26 @@ from diskd.core.inventory import (
     LibrarySettings,
     Outcome,
     PointInfo,
-    check_name,
 )
-from diskd.core.lease import LeaseState
 from diskd.core.ports import Export, FrozenVm
-from diskd.errors import NoSuchExport, Refused
-from diskd.shell import directories, imports
+from diskd.errors import Refused
 from diskd.shell.checkpoints import Checkpoints
+from diskd.shell.exports import Exports
 from diskd.shell.forks import Forks
-from diskd.shell.frozen import FrozenDevice, contexts
-from diskd.shell.image import Image, ImageSettings
+from diskd.shell.image import ImageSettings
+from diskd.shell.images import STOP_SECONDS, Images
 from diskd.shell.imports import Progress
 from diskd.shell.open_image import OpenImage
 from diskd.shell.overlay import OverlaySettings
 
 __all__ = ["Library", "Progress", "open_library"]
 
-log = structlog.get_logger()
-
-_RELEASED: Final = "released"
-_STOP_SECONDS: Final = 60.0  # a clean stop flushes; beyond this the next start recovers instead
-
 
 class Library:
     """Made by ``open_library``. Every refusal is Refused (an OperatorError), one line that says what to do.
 
-    Implements ports.ExportCatalog: ``names``, ``open``, ``info``.
+    The lives of images are told in images.py, export names in exports.py, checkpoints in checkpoints.py;
+    this is the one door to all of them. Implements ports.ExportCatalog: ``names``, ``open``, ``info``.
     """
 
     def __init__(
@@ -65,12 +55,7 @@ class Library:
         *,
         nursery_that_outlives_calls: trio.Nursery,
     ) -> None:
-        self._directory = root / "images"
-        self._image_settings = image_settings
-        self._nursery = nursery_that_outlives_calls
         self._images: dict[str, OpenImage] = {}
-        self._closed: dict[str, str | None] = {}  # released (None), or damaged with the reason
-        self._in_work: set[str] = set()
         overlay_settings = OverlaySettings(settings.merge_batch_bytes, settings.avhd_limit_bytes)
         boot_id = image_settings.boot_id_file.read_text().strip()
         self._checkpoints = Checkpoints(
@@ -80,237 +65,60 @@ class Library:
             settings.checkpoint_resume_timeout_ns,
             nursery_that_outlives_calls=nursery_that_outlives_calls,
         )
+        self._lives = Images(
+            root / "images",
+            image_settings,
+            self._images,
+            self._checkpoints,
+            nursery_that_outlives_calls=nursery_that_outlives_calls,
+        )
+        self._exports = Exports(self._images, self._checkpoints)
 
     # --- exports -----------------------------------------------------------------------------------
 
     def names(self) -> Sequence[str]:
         """Export names that ``open`` would accept now."""
-        found: list[str] = []
-        for name in sorted(self._images):
-            found += self._images[name].export_names()
-            found += self._checkpoints.exports(name)
-        return found
+        return self._exports.names()
 
     async def open(self, name: str, *, peer: str, drop: Callable[[str], None]) -> Export:
         """ports.ExportCatalog.open: `IMAGE`, `IMAGE@EPOCH`, `IMAGE:CHECKPOINT`."""
-        image, epoch, checkpoint = self._parse(name)
-        if checkpoint is not None:
-            return self._frozen_export(image, checkpoint)
-        export = await image.open_session(epoch, drop)
-        log.info("export.opened", export=name, peer=peer)
-        return export
+        return await self._exports.open(name, peer=peer, drop=drop)
 
     async def info(self, name: str) -> Export:
         """ports.ExportCatalog.info."""
-        image, epoch, checkpoint = self._parse(name)
-        return image.info(epoch) if checkpoint is None else self._frozen_export(image, checkpoint)
-
-    def _parse(self, name: str) -> tuple[OpenImage, int | None, str | None]:
-        """Raises NoSuchExport."""
-        base, colon, checkpoint = name.partition(":")
-        base, at, digits = base.partition("@")
-        epoch = lease.parse_epoch(digits) if at else None
-        image = self._images.get(base)
-        if image is None or (at and (colon or epoch is None)):
-            raise NoSuchExport(f"there is no export {name[:200]!r}")
-        return image, epoch, checkpoint if colon else None
-
-    def _frozen_export(self, image: OpenImage, checkpoint: str) -> Export:
-        try:
-            disk = self._checkpoints.frozen_disk(image.name, checkpoint)
-        except Refused as error:
-            raise NoSuchExport(str(error)) from error
-        return Export(FrozenDevice(disk), True, contexts(disk), lambda: None, disk.block_bytes)
+        return await self._exports.info(name)
 
     # --- images ------------------------------------------------------------------------------------
 
     def images(self) -> list[ImageInfo]:
         """Sorted by name; damaged and released ones included."""
-        return [self.image(name) for name in sorted(self._images.keys() | self._closed.keys())]
+        return self._lives.list_all()
 
     def image(self, name: str) -> ImageInfo:
         """Raises Refused where there is none of that name."""
-        if name in self._closed:
-            return directories.describe(self._directory / name, self._closed[name])
-        image = self._find(name)
-        overlay, state = image.overlay, image.lease_state
-        merging = overlay is not None and overlay.merge is not None
-        return ImageInfo(
-            name=name,
-            uuid=str(image.image.uuid),
-            size_bytes=image.image.size_bytes,
-            block_bytes=image.image.block_bytes,
-            region_bytes=image.image.identity.geometry.region_bytes,
-            allocated_bytes=directories.allocated_bytes(image.image.directory),
-            state="open",
-            reason=image.image.failure,
-            epoch=state.epoch,
-            holder=None if state.released else state.holder,
-            connections=image.connections,
-            checkpoint=image.checkpoint,
-            merge_remaining_bytes=overlay.map.entries * image.image.block_bytes
-            if overlay is not None and merging
-            else None,
-            points=len(image.image.points()),
-        )
-
-    def _find(self, name: str) -> OpenImage:
-        """Raises Refused, with what else it is."""
-        image = self._images.get(name)
-        if image is not None:
-            return image
-        if name in self._closed:
-            reason = self._closed[name]
-            remedy = f"open it again: diskctl image open {name}"
-            raise Refused(
-                f"image {name} is {'released' if reason is None else f'damaged: {reason}'}; {remedy}"
-            )
-        raise Refused(f"there is no image {name!r}")
-
-    @contextlib.contextmanager
-    def _working_on(self, name: str) -> Iterator[None]:
-        if name in self._in_work:
-            raise Refused(f"image {name} is being created, opened, released or deleted: wait for that")
-        self._in_work.add(name)
-        try:
-            yield
-        finally:
-            self._in_work.discard(name)
+        return self._lives.show(name)
 
     async def create_image(
         self, name: str, size_bytes: int, *, block_bytes: int = 4096, region_bytes: int = 1 << 20
     ) -> ImageInfo:
         """A new, sparse, empty image."""
-        async with self._new(name) as directory:
-            await self._create(directory, size_bytes, block_bytes=block_bytes, region_bytes=region_bytes)
-            return await self._publish(name, directory)
+        return await self._lives.create(name, size_bytes, block_bytes=block_bytes, region_bytes=region_bytes)
 
     async def import_image(self, name: str, source: Path, *, progress: Progress | None = None) -> ImageInfo:
         """A new image with the content of a raw file, or of whatever ``qemu-img convert`` reads."""
-        async with self._new(name) as directory:
-            kind = await trio.to_thread.run_sync(imports.detect_format, source)
-            converted = directory.with_name(f"{directory.name}.raw")
-            try:
-                if kind != "raw":
-                    await imports.convert(source, kind, converted)
-                    source = converted
-                await self._create(directory, await trio.to_thread.run_sync(imports.size_of, source))
-                image = await Image.open(directory, self._image_settings)
-                try:
-                    await imports.copy_in(source, image.open_writer(lambda: None), progress)
-                finally:
-                    with trio.move_on_after(_STOP_SECONDS, shield=True):
-                        await image.close()
-            except OSError as error:
-                raise Refused(f"image {name} cannot be imported: {error}") from error
-            finally:
-                with trio.move_on_after(_STOP_SECONDS, shield=True):
-                    await self._discard(converted)
-            return await self._publish(name, directory)
-
-    @asynccontextmanager
-    async def _new(self, name: str) -> AsyncIterator[Path]:
-        """Where it is made; nothing of it is left if that fails."""
-        with self._working_on(check_name("an image", name)):
-            if name in self._images or name in self._closed:
-                raise Refused(f"image {name} exists already: choose another name, or delete it first")
-            directory = self._directory / f".new-{name}"
-            try:
-                yield directory
-            finally:
-                with trio.move_on_after(_STOP_SECONDS, shield=True):
-                    await self._discard(directory)
-
-    async def _discard(self, path: Path) -> None:
-        """Remove half an image. What is large takes its time, and must not hold up others."""
-        await trio.to_thread.run_sync(directories.discard, path, self._image_settings.shared_dir)
-
-    async def _create(
-        self, directory: Path, size_bytes: int, *, block_bytes: int = 4096, region_bytes: int = 1 << 20
-    ) -> None:
-        try:
-            await Image.create(directory, size_bytes, block_bytes=block_bytes, region_bytes=region_bytes)
-            await directories.run_once(directory, lease.persist(LeaseState()))
-        except OSError as error:
-            raise Refused(f"the image cannot be created: {error}") from error
-
-    async def _publish(self, name: str, directory: Path) -> ImageInfo:
-        try:
-            await trio.to_thread.run_sync(directories.rename, directory, self._directory / name)
-        except OSError as error:
-            raise Refused(f"image {name} cannot be created: {error}") from error
-        await self._serve(name)
-        log.info("image.created", image=name)
-        return self.image(name)
-
-    async def _serve(self, name: str) -> None:
-        """Open it and put it into the catalog. Raises Refused or Damaged."""
-        image = await OpenImage.open(self._directory / name, self._image_settings)
-        try:
-            await self._checkpoints.attach(image)
-        except BaseException:
-            with trio.move_on_after(_STOP_SECONDS, shield=True):
-                await image.close()
-            raise
-        self._closed.pop(name, None)
-        self._images[name] = image
-        await self._nursery.start(image.image.run)
+        return await self._lives.import_(name, source, progress=progress)
 
     async def delete_image(self, name: str, *, dry_run: bool = False) -> list[str]:
         """The paths that are (or, dry, would be) removed. Refused while the image is in use."""
-        with self._working_on(name):
-            path = self._directory / name
-            if name not in self._closed:
-                self._refuse_use(self._find(name), "delete")
-            paths = sorted(str(found) for found in [path, *path.rglob("*")])
-            if dry_run:
-                return paths
-            image = self._images.pop(name, None)
-            self._closed.pop(name, None)
-            if image is not None:
-                await image.close()
-            try:
-                await trio.to_thread.run_sync(directories.delete, path, self._image_settings.shared_dir)
-            except OSError as error:
-                raise Refused(f"image {name} cannot be deleted: {error}") from error
-            log.info("image.deleted", image=name)
-            return paths
-
-    def _refuse_use(self, image: OpenImage, verb: str) -> None:
-        if image.connections:
-            raise Refused(f"image {image.name} has {image.connections} connections: close them to {verb} it")
-        if not image.lease_state.is_free:
-            held = image.lease_state
-            raise Refused(
-                f"image {image.name} is under lease (epoch {held.epoch}, {held.holder}): release it"
-            )
-        checkpoint = self._checkpoints.using(image.name) or (image.overlay and image.checkpoint)
-        if checkpoint:
-            raise Refused(f"image {image.name} is part of checkpoint {checkpoint}: wait until it is merged")
+        return await self._lives.delete(name, dry_run=dry_run)
 
     async def release_image(self, name: str) -> ImageInfo:
         """Close it cleanly, so that another daemon can open it with its tracking intact."""
-        with self._working_on(name):
-            image = self._find(name)
-            self._refuse_use(image, "release")
-            del self._images[name]
-            self._closed[name] = None
-            try:
-                await trio.to_thread.run_sync(durable.replace_file, self._directory / name / _RELEASED, b"")
-                await image.close()
-            except OSError as error:
-                self._closed[name] = str(error)
-                raise Refused(f"image {name} could not be closed cleanly: {error}") from error
-            return self.image(name)
+        return await self._lives.release(name)
 
     async def open_image(self, name: str) -> ImageInfo:
         """Serve a released image again, or one that was damaged and has been repaired."""
-        with self._working_on(name):
-            if name not in self._closed:
-                return self.image(name)
-            await self._serve(name)
-            await trio.to_thread.run_sync(durable.remove_file, self._directory / name / _RELEASED)
-            return self.image(name)
+        return await self._lives.open(name)
 
     def activity(self, images: list[str]) -> ActivityReport:
         """daemonkit.diskd_api.IMAGE_ACTIVITY."""
@@ -333,13 +141,13 @@ class Library:
 
     async def _change_lease(self, image: str, decision: lease.Decision, epoch: int, holder: str) -> Lease:
         try:
-            return await self._find(image).change_lease(decision, epoch, holder)
+            return await self._lives.find(image).change_lease(decision, epoch, holder)
         except OSError as error:
             raise Refused(f"the lease of image {image} could not be made durable: {error}") from error
 
     def lease(self, image: str) -> Lease:
         """The newest lease."""
-        return self._find(image).show_lease()
+        return self._lives.find(image).show_lease()
 
     # --- points and changes ------------------------------------------------------------------------
 
@@ -354,12 +162,12 @@ class Library:
                 if point.state == "valid"
                 else point.reason or "pending: nobody has said yet whether its backup was committed",
             )
-            for point in self._find(image).image.points()
+            for point in self._lives.find(image).image.points()
         ]
 
     async def delete_point(self, image: str, point: str) -> None:
         """Join its interval with the next. Refused while its checkpoint stands."""
-        found = self._find(image).image
+        found = self._lives.find(image).image
         if point not in [known.id for known in found.points()]:
             raise Refused(f"image {image} has no point {point}")
         for info in self._checkpoints.infos():
@@ -372,7 +180,7 @@ class Library:
 
     async def changes(self, image: str, since: str) -> ChangesInfo:
         """The changes since a valid point up to now. Raises NoSuchPoint (T4)."""
-        found = self._find(image).image
+        found = self._lives.find(image).image
         report = await found.changes(since)
         return ChangesInfo(
             image, since, found.block_bytes, report.exact, report.over_report_bytes, report.extents
@@ -412,35 +220,11 @@ class Library:
 
     async def start(self) -> None:
         """Open every image, then take up what their checkpoints left behind. Called once."""
-        shared = self._image_settings.shared_dir
-        for path in await trio.to_thread.run_sync(directories.sweep, self._directory, shared):
-            name = path.name
-            if (path / _RELEASED).exists():
-                self._closed[name] = None
-                continue
-            try:
-                self._images[name] = await OpenImage.open(path, self._image_settings)
-            except (OSError, HoldfastError) as error:
-                self._refuse_image(name, str(error))
-        for name, reason in (await self._checkpoints.recover(self._closed)).items():
-            image = self._images.pop(name)
-            self._refuse_image(name, reason)
-            with contextlib.suppress(OSError):
-                await image.close()
-        for image in self._images.values():
-            await self._nursery.start(image.image.run)
-
-    def _refuse_image(self, name: str, reason: str) -> None:
-        self._closed[name] = reason
-        log.error("image.damaged", image=name, reason=reason)
+        await self._lives.start()
 
     async def stop(self) -> None:
         """Close every image cleanly. Nothing else of the library runs any more."""
-        for image in self._images.values():
-            try:
-                await image.close()
-            except OSError as error:
-                log.warning("image.close_failed", image=image.name, reason=str(error))
+        await self._lives.stop()
         self._checkpoints.close()
 
 
@@ -479,6 +263,6 @@ async def open_library(root: Path, settings: LibrarySettings | None = None) -> A
     finally:
         # Only now: a merge whose copy is under way in a thread must not write to an image that was closed.
         if library is not None:
-            with trio.move_on_after(_STOP_SECONDS, shield=True):
+            with trio.move_on_after(STOP_SECONDS, shield=True):
                 await library.stop()
         os.close(lock)
