@@ -104,9 +104,58 @@ class BackupReport:
     disks: list[BackupDiskReport]
 
 
+@attrs.frozen
+class RestoreRequest:
+    """Copy a point of ``target`` into new images. ``images``: disk name -> the image's name, for every disk
+    of the point. ``dry_run``: only say what the point holds; ``images`` is not looked at then."""
+
+    vm: str
+    point: str
+    target: str
+    images: dict[str, str]
+    dry_run: bool = False
+
+
+@attrs.frozen
+class RestoredDisk:
+    """``image``: what it was restored into; in a dry run, the image that it was backed up from."""
+
+    name: str
+    image: str
+    size_bytes: int
+
+
+@attrs.frozen
+class RestoreReport:
+    """``config``: the VM file's text, as backed up."""
+
+    vm: str
+    point: str
+    config: str
+    disks: list[RestoredDisk]
+    data_bytes: int
+
+
+@attrs.frozen
+class DeleteImage:
+    """``dry_run`` only tells what would be removed, and whether it would be refused."""
+
+    image: str
+    dry_run: bool = False
+
+
+@attrs.frozen
+class DeleteReport:
+    """The files that were (or, dry, would be) removed."""
+
+    paths: list[str]
+
+
 LEASE_ACQUIRE: Final = Method("lease.acquire", LeaseRequest, Lease)
 LEASE_PREPARE: Final = Method("lease.prepare", LeaseRequest, Lease)
 LEASE_RELEASE: Final = Method("lease.release", LeaseRequest, Lease)
 LEASE_SHOW: Final = Method("lease.show", ImageName, Lease)
 IMAGE_ACTIVITY: Final = Method("image.activity", ImageNames, ActivityReport)
 BACKUP_RUN: Final = Method("backup.run", BackupRequest, BackupReport)
+IMAGE_RESTORE: Final = Method("image.restore", RestoreRequest, RestoreReport)
+IMAGE_DELETE: Final = Method("image.delete", DeleteImage, DeleteReport)

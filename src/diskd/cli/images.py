@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from daemonkit.cli import SIZE, print_json
-from daemonkit.diskd_api import ImageName
+from daemonkit.diskd_api import IMAGE_DELETE, DeleteImage, ImageName
 from daemonkit.errors import OperatorError
 from daemonkit.progress import Progress
 from daemonkit.units import format_size
@@ -135,7 +135,7 @@ def resize(name: str, size: int) -> None:
 @pass_diskd
 def delete(diskd: Diskd, name: str, dry_run: bool) -> None:
     """Remove an image with its data and its reference points. Refused while it is in use."""
-    for path in diskd.call(calls.IMAGE_DELETE, calls.DeleteImage(name, dry_run)).paths:
+    for path in diskd.call(IMAGE_DELETE, DeleteImage(name, dry_run)).paths:
         click.echo(f"{'would remove' if dry_run else 'removed'} {path}")
 
 

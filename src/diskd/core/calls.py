@@ -37,21 +37,6 @@ class ImportImage:
 
 
 @attrs.frozen
-class DeleteImage:
-    """``dry_run`` only tells what would be removed, and whether it would be refused."""
-
-    image: str
-    dry_run: bool = False
-
-
-@attrs.frozen
-class DeleteReport:
-    """The files that were (or, dry, would be) removed."""
-
-    paths: list[str]
-
-
-@attrs.frozen
 class ImageList:
     """Sorted by name."""
 
@@ -122,7 +107,6 @@ IMAGE_CREATE: Final = Method("image.create", CreateImage, ImageInfo)
 IMAGE_IMPORT: Final = Method("image.import", ImportImage, ImageInfo)
 IMAGE_LIST: Final = Method("image.list", Nothing, ImageList)
 IMAGE_SHOW: Final = Method("image.show", ImageName, ImageInfo)
-IMAGE_DELETE: Final = Method("image.delete", DeleteImage, DeleteReport)
 IMAGE_RELEASE: Final = Method("image.release", ImageName, ImageInfo)
 IMAGE_OPEN: Final = Method("image.open", ImageName, ImageInfo)
 POINT_LIST: Final = Method("point.list", ImageName, PointList)

@@ -54,7 +54,7 @@ class Control:
         registry.add(calls.IMAGE_IMPORT, self._image_import)
         registry.add(calls.IMAGE_LIST, self._image_list)
         registry.add(calls.IMAGE_SHOW, self._image_show)
-        registry.add(calls.IMAGE_DELETE, self._image_delete)
+        registry.add(api.IMAGE_DELETE, self._image_delete)
         registry.add(calls.IMAGE_RELEASE, self._image_release)
         registry.add(calls.IMAGE_OPEN, self._image_open)
         registry.add(calls.POINT_LIST, self._point_list)
@@ -116,8 +116,8 @@ class Control:
     async def _image_show(self, params: api.ImageName, _call: Call) -> ImageInfo:
         return self._library.image(params.image)
 
-    async def _image_delete(self, params: calls.DeleteImage, _call: Call) -> calls.DeleteReport:
-        return calls.DeleteReport(await self._library.delete_image(params.image, dry_run=params.dry_run))
+    async def _image_delete(self, params: api.DeleteImage, _call: Call) -> api.DeleteReport:
+        return api.DeleteReport(await self._library.delete_image(params.image, dry_run=params.dry_run))
 
     async def _image_release(self, params: api.ImageName, _call: Call) -> ImageInfo:
         return await self._library.release_image(params.image)

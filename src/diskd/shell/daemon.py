@@ -26,6 +26,7 @@ from diskd.shell.backup import register_backup
 from diskd.shell.control import Control, Listening
 from diskd.shell.library import Library, open_library
 from diskd.shell.nbd_server import NbdServer
+from diskd.shell.restored_images import register_restore
 
 # Far above what 64 hosts need; a bound all the same, since some kernels pay for each possible one.
 _FILES_MAX: Final = 65536
@@ -85,6 +86,7 @@ async def _serve(
             registry = Registry()
             Control(library, server, listening).register(registry)
             register_backup(registry, library, key=keys[0] if keys else None)
+            register_restore(registry, library, key=keys[0] if keys else None)
             control = await listeners.start(partial(serve, registry, listen.control, keys=keys))
             announce_ready(control=str(control), nbd=listening.nbd, nbd_socket=listening.nbd_socket)
             log.info("daemon.ready", root=str(root), control=str(control), nbd=listening.nbd)

@@ -5,7 +5,7 @@ because it is damaged. One verb at a time works on a name.
 """
 
 import contextlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Final
@@ -21,7 +21,7 @@ from diskd.core.lease import LeaseState
 from diskd.errors import Refused
 from diskd.shell import directories, imports
 from diskd.shell.checkpoints import Checkpoints
-from diskd.shell.image import Image, ImageSettings
+from diskd.shell.image import Image, ImageSettings, Writer
 from diskd.shell.imports import Progress
 from diskd.shell.open_image import OpenImage
 
@@ -138,6 +138,30 @@ class Images:
             return await self._publish(name, directory)
 
     @asynccontextmanager
+    async def new_images(self, sizes: Mapping[str, int]) -> AsyncIterator[dict[str, Writer]]:
+        """Several new images, to be filled by the body; they are there when it ends well, all or none."""
+        async with contextlib.AsyncExitStack() as stack:
+            made: dict[str, Image] = {}
+            places: dict[str, Path] = {}
+            for name, size_bytes in sizes.items():
+                places[name] = await stack.enter_async_context(self._new(name))
+                await self._make(places[name], size_bytes)
+                made[name] = await Image.open(places[name], self._settings)
+                stack.push_async_callback(_close_shielded, made[name])
+            yield {name: image.open_writer(lambda: None) for name, image in made.items()}
+            published: list[str] = []
+            try:
+                for name, image in made.items():
+                    await image.close()
+                    await self._publish(name, places[name])
+                    published.append(name)
+            except BaseException:
+                with trio.move_on_after(STOP_SECONDS, shield=True):
+                    for name in published:
+                        await self._remove(name)
+                raise
+
+    @asynccontextmanager
     async def _new(self, name: str) -> AsyncIterator[Path]:
         """Where it is made; nothing of it is left if that fails."""
         with self._working_on(check_name("an image", name)):
@@ -194,16 +218,20 @@ class Images:
             paths = sorted(str(found) for found in [path, *path.rglob("*")])
             if dry_run:
                 return paths
-            image = self._opened.pop(name, None)
-            self._closed.pop(name, None)
-            if image is not None:
-                await image.close()
-            try:
-                await trio.to_thread.run_sync(directories.delete, path, self._settings.shared_dir)
-            except OSError as error:
-                raise Refused(f"image {name} cannot be deleted: {error}") from error
-            log.info("image.deleted", image=name)
+            await self._remove(name)
             return paths
+
+    async def _remove(self, name: str) -> None:
+        image = self._opened.pop(name, None)
+        self._closed.pop(name, None)
+        if image is not None:
+            await image.close()
+        path, shared = self._directory / name, self._settings.shared_dir
+        try:
+            await trio.to_thread.run_sync(directories.delete, path, shared)
+        except OSError as error:
+            raise Refused(f"image {name} cannot be deleted: {error}") from error
+        log.info("image.deleted", image=name)
 
     def _refuse_use(self, image: OpenImage, verb: str) -> None:
         if image.connections:
@@ -274,3 +302,8 @@ class Images:
                 await image.close()
             except OSError as error:
                 log.warning("image.close_failed", image=image.name, reason=str(error))
+
+
+async def _close_shielded(image: Image) -> None:
+    with trio.move_on_after(STOP_SECONDS, shield=True):
+        await image.close()

@@ -8,8 +8,8 @@ ROOT/checkpoints/ID/      one checkpoint's record
 """
 
 import os
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 
 import trio
@@ -31,7 +31,7 @@ from diskd.errors import Refused
 from diskd.shell.checkpoints import Checkpoints
 from diskd.shell.exports import Exports
 from diskd.shell.forks import Forks
-from diskd.shell.image import ImageSettings
+from diskd.shell.image import ImageSettings, Writer
 from diskd.shell.images import STOP_SECONDS, Images
 from diskd.shell.imports import Progress
 from diskd.shell.open_image import OpenImage
@@ -107,6 +107,10 @@ class Library:
     async def import_image(self, name: str, source: Path, *, progress: Progress | None = None) -> ImageInfo:
         """A new image with the content of a raw file, or of whatever ``qemu-img convert`` reads."""
         return await self._lives.import_(name, source, progress=progress)
+
+    def new_images(self, sizes: Mapping[str, int]) -> AbstractAsyncContextManager[dict[str, Writer]]:
+        """Several new images, filled by the body of the ``async with``; all or none."""
+        return self._lives.new_images(sizes)
 
     async def delete_image(self, name: str, *, dry_run: bool = False) -> list[str]:
         """The paths that are (or, dry, would be) removed. Refused while the image is in use."""

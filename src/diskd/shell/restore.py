@@ -180,15 +180,15 @@ async def restore_point(
     on_progress: Progress,
 ) -> Restored:
     """Fetch a point and write its files. Raises OperatorError, OSError; then nothing is left behind."""
-    async with _point_stream(target, point, key) as stream:
+    async with point_stream(target, point, key) as stream:
         decoder = StreamDecoder()
-        header = await _next(decoder, stream)
+        header = await next_event(decoder, stream)
         if not isinstance(header, ExportHeader) or (header.vm, header.point) != (point.vm, point.point):
             raise StreamError("the target sent something else than was asked for")
         files = await trio.to_thread.run_sync(RestoreFiles, directory, header, disk_format)
         try:
             done = 0
-            while isinstance(event := await _next(decoder, stream), Frame):
+            while isinstance(event := await next_event(decoder, stream), Frame):
                 await trio.to_thread.run_sync(files.frame, event)
                 done += len(event.data)
                 on_progress(done)
@@ -200,16 +200,18 @@ async def restore_point(
 
 
 @asynccontextmanager
-async def _point_stream(
+async def point_stream(
     target: Address, point: calls.PointName, key: bytes | None
 ) -> AsyncIterator[trio.abc.Stream]:
+    """The connection on which the target sends a point as a full export."""
     async with connect(target, key=key) as client:
         with trio.fail_after(CONTACT_SECONDS_MAX):
             stream = await client.open_stream(calls.RESTORE, point)
         yield stream
 
 
-async def _next(decoder: StreamDecoder, stream: trio.abc.Stream) -> ExportHeader | Frame | Trailer:
+async def next_event(decoder: StreamDecoder, stream: trio.abc.Stream) -> ExportHeader | Frame | Trailer:
+    """Raises OperatorError where the target is lost, StreamError for nonsense."""
     while (event := decoder.next_event()) is None:
         try:
             with trio.fail_after(SILENCE_SECONDS_MAX):
