@@ -4,14 +4,11 @@ import json
 
 import attrs
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from diskd_manifests import manifest, name, points
 
 from diskd.core.catalog import (
     CHAIN_MAX,
-    DiskRecord,
     FileDigest,
-    Manifest,
     by_commit,
     chain_of,
     check_incoming,
@@ -23,37 +20,7 @@ from diskd.core.catalog import (
     is_restorable,
     offered,
 )
-from diskd.core.retention import PrunePlan, plan_prune
 from diskd.errors import Damaged, Refused
-
-
-def name(number):
-    return f"rp-{number:016x}"
-
-
-def manifest(number, base=None, *, disks=("system",), at=None):
-    return Manifest(
-        vm="web",
-        point=name(number),
-        base=None if base is None else name(base),
-        kind="full" if base is None else "differential",
-        consistency="crash",
-        committed_at=at or f"2026-01-01T00:00:{number:02d}+00:00",
-        synthetic=False,
-        source_digest="ab",
-        export_digest="ab",
-        config=FileDigest("vm.toml", 1, "cd"),
-        index=FileDigest("export.index", 1, "cd"),
-        disks=[
-            DiskRecord(d, d, 1 << 20, 4096, 65536, 0, 0, True, 0, "ef", FileDigest(f"{d}.qcow2", 1, "cd"))
-            for d in disks
-        ],
-    )
-
-
-def points(*manifests):
-    return {m.point: m for m in manifests}
-
 
 CHAIN = points(manifest(1), manifest(2, 1), manifest(3, 2), manifest(4), manifest(5, 4))
 
@@ -110,39 +77,6 @@ def test_commit_order_keeps_bases_first_within_one_second():
 def test_what_others_need_outlives_them():
     assert dependants(CHAIN, name(1)) == [name(2), name(3)]
     assert dependants(CHAIN, name(5)) == []
-    assert plan_prune(CHAIN, 1) == PrunePlan([name(5)], [name(5)], [name(n) for n in (4, 3, 2, 1)])
-    assert plan_prune(CHAIN, 2) == PrunePlan([name(4), name(5)], [], [name(n) for n in (3, 2, 1)])
-    assert plan_prune(CHAIN, 3) == PrunePlan([name(3), name(4), name(5)], [name(3)], [name(2), name(1)])
-    assert plan_prune(CHAIN, 9) == PrunePlan([name(n) for n in range(1, 6)], [], [])
-    with pytest.raises(Refused, match="at least one"):
-        plan_prune(CHAIN, 0)
-
-
-def test_what_cannot_be_restored_is_not_counted_and_stays_with_its_base():
-    broken = points(manifest(1), manifest(2, 1), manifest(3, 9), manifest(4, 3), manifest(5), manifest(6, 5))
-    plan = plan_prune(broken, 1)
-    assert plan == PrunePlan([name(3), name(4), name(6)], [name(6)], [name(5), name(2), name(1)])
-
-
-@given(st.lists(st.integers(0, 3), min_size=1, max_size=12), st.integers(1, 12), st.sets(st.integers(0, 11)))
-def test_pruning_leaves_every_chain_whole_at_every_step(steps, keep, missing):
-    """``steps``: 0 is a full, else how far back the base is. Points may be missing from the start."""
-    made = []
-    for number, step in enumerate(steps):
-        made.append(manifest(number, number - step if 0 < step <= number else None))
-    left = {m.point: m for number, m in enumerate(made) if number not in missing}
-    before = {point for point in left if is_restorable(left, point)}
-    plan = plan_prune(left, keep)
-    for point in plan.synthesize:
-        left[point] = attrs.evolve(left[point], base=None, kind="full", synthetic=True)
-    for point in plan.remove:
-        assert dependants(left, point) == []
-        del left[point]
-        assert all(is_restorable(left, other) for other in before if other in left)
-    assert {point for point in left if is_restorable(left, point)} >= set(
-        [m.point for m in by_commit(made) if m.point in before][-keep:]
-    )
-    assert sorted(left) == sorted(plan.keep)
 
 
 def test_a_manifest_round_trips():

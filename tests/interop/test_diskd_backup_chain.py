@@ -102,7 +102,9 @@ async def test_backup_twice_and_everything_after(tmp_path):
         await daemon.do("target", "verify", *to)
         assert await points_of(daemon, target) == [first["point"], second["point"]]
         prune = ("target", "prune", "web", "--keep-last", "1", *to)
-        assert f"{first['point']}: would be removed" in await daemon.do(*prune, "--dry-run")
+        assert f"{first['point']}: would be removed" in await daemon.do(
+            *prune, "--dry-run", "--keep-daily", "1"
+        )
         assert json.loads((await daemon.do(*prune, "--json")).splitlines()[-1])["removed"] == [first["point"]]
         await check_point(repository, second["point"], "root", live)
         assert await points_of(daemon, target) == [second["point"]]

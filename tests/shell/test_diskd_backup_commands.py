@@ -75,7 +75,9 @@ NOBODY = "127.0.0.1:1"
         (1, "cannot connect", ["--control", NOBODY, "export", "d", "--full", "-o", "x"]),
         (1, "No such file", ["apply", "nowhere", "raw"]),
         (1, "verify", ["apply", "-", "raw"]),
-        (2, "--keep-last", ["target", "prune", "web", "--keep-last", "0"]),
+        (2, "--keep-last", ["target", "prune", "web", "--keep-last", "0", "--target", NOBODY]),
+        (2, "--keep-daily", ["target", "prune", "web", "--target", NOBODY]),
+        (2, "--keep-weekly", ["target", "prune", "web", "--keep-weekly", "-1"]),
     ],
 )
 def test_bad_commands(code, text, arguments):

@@ -6,11 +6,9 @@ import random
 import shutil
 
 import pytest
-import trio
-from diskd_frozen import MemoryLibrary
-from diskd_target import receive_all, stream_of
+from diskd_repository_scene import Crash, CrashingFiles, LossyFiles, Scene, poll
+from diskd_target import receive_all
 
-from daemonkit.diskd_api import BackupDisk
 from daemonkit.durable import LockHeldError
 from daemonkit.errors import OperatorError
 from diskd.core.catalog import Manifest
@@ -30,160 +28,6 @@ from diskd.shell.repository_files import RepositoryFiles
 
 KiB, MiB = 1 << 10, 1 << 20
 pytestmark = pytest.mark.slow
-DISKS = [BackupDisk("system", "system"), BackupDisk("journal", "journal")]
-CONFIG = 'name = "web"\n'
-
-
-class Crash(BaseException):
-    """The process ends here; nothing after it runs."""
-
-
-STEPS = [
-    "make_directory",
-    "create",
-    "write",
-    "set_size",
-    "sync",
-    "sync_directory",
-    "publish",
-    "exchange",
-    "retire",
-    "remove_tree",
-]
-
-
-class CrashingFiles(RepositoryFiles):
-    """Stops before step ``at`` (counted from 0), or never."""
-
-    def __init__(self, at=None, error=None):
-        self.at, self.steps, self.error = at, 0, error
-
-
-def _step(name):
-    real = getattr(RepositoryFiles, name)
-
-    def step(self, *arguments):
-        if self.steps == self.at and self.error is None:
-            raise Crash  # And again at every later step: a dead process does nothing.
-        self.steps += 1
-        if self.error is not None and self.steps == self.at:
-            raise self.error
-        return real(self, *arguments)
-
-    return step
-
-
-for _name in STEPS:
-    setattr(CrashingFiles, _name, _step(_name))
-
-
-class LossyFiles(CrashingFiles):
-    """A power loss at the crash: what was not synced is gone, whether bytes or names.
-
-    A rename or an exchange stays although its directory was not synced: the harder case, since then
-    the commit is there and everything below it had better be.
-    """
-
-    def __init__(self, at):
-        super().__init__(at)
-        self.unsynced, self.unnamed, self.open = set(), set(), {}
-
-    def create(self, path):
-        descriptor = super().create(path)
-        self.open[descriptor] = path
-        self.unnamed.add(path)
-        return descriptor
-
-    def write(self, descriptor, offset, data):
-        super().write(descriptor, offset, data)
-        self.unsynced.add(self.open[descriptor])
-
-    def set_size(self, descriptor, size):
-        super().set_size(descriptor, size)
-        self.unsynced.add(self.open[descriptor])
-
-    def sync(self, descriptor):
-        super().sync(descriptor)
-        self.unsynced.discard(self.open[descriptor])
-
-    def sync_directory(self, path):
-        super().sync_directory(path)
-        self.unnamed = {name for name in self.unnamed if name.parent != path}
-
-    def publish(self, temporary, final):
-        super().publish(temporary, final)
-        self._moved(temporary, final)
-
-    def exchange(self, one, other):
-        super().exchange(one, other)
-        self._moved(one, other)
-
-    def _moved(self, old, new):
-        for names in (self.unsynced, self.unnamed):
-            moved = {new / name.name if name.parent == old else name for name in names}
-            names.clear()
-            names.update(moved)
-
-    def lose(self):
-        for path in self.unsynced | self.unnamed:
-            if path.exists() and path in self.unnamed:
-                path.unlink()
-            elif path.exists():
-                path.write_bytes(b"")
-
-
-def poll():
-    pass
-
-
-async def _frozen(library):
-    return await library.begin_checkpoint("web", DISKS, CONFIG)
-
-
-class Scene:
-    """A VM in memory with the streams of a full and of two differentials, and what the disks held then."""
-
-    def __init__(self):
-        self.library = MemoryLibrary(system=600 * KiB, journal=64 * KiB)
-        self.streams, self.contents, self.names = [], [], []
-        disk = self.library.images["system"]
-        disk.write(0, bytes(range(256)) * 1200)
-        self.library.images["journal"].write(8192, b"journal" * 1000)
-        self._take(None)
-        disk.write(100 * KiB, b"2" * 5000)
-        disk.trim(200 * KiB, 72 * KiB)
-        self._take(self.names[-1])
-        disk.write(500 * KiB, b"3" * 9000)
-        disk.write(220 * KiB, b"4" * 4096)
-        self._take(self.names[-1])
-
-    def _take(self, base):
-        async def take():
-            frozen = await _frozen(self.library)
-            self.streams.append(stream_of(frozen, base))
-            self.contents.append({name: bytes(d.data) for name, d in self.library.images.items()})
-            self.names.append(frozen.point)
-            await frozen.end("keep")
-
-        trio.run(take)
-
-    def fill(self, root, count=3):
-        with open_repository(root) as repository:
-            for stream in self.streams[:count]:
-                receive_all(repository, stream)
-
-    def check(self, root, count):
-        """Exactly the first ``count`` points are there, whole and verified, and nothing else."""
-        with open_repository(root) as repository:
-            listed = [p for p in repository.listing(None) if p.damaged is None]
-            assert [p.point for p in listed] == self.names[:count]
-            for number, name in enumerate(self.names[:count]):
-                assert repository.verify("web", name, poll).problems == []
-                with repository.open("web", name) as opened:
-                    for disk, content in self.contents[number].items():
-                        assert opened.views[disk].read(0, len(content)) == content
-            if (root / "web").is_dir():
-                assert sorted(p.name for p in (root / "web").iterdir()) == sorted(self.names[:count])
 
 
 @pytest.fixture(scope="module")
@@ -247,41 +91,6 @@ def test_a_crash_at_every_step_of_a_synthesis_changes_no_content(tmp_path, scene
             break
         at += 1
     assert outcomes == {scene.names[0], None}
-
-
-def test_a_crash_at_every_step_of_a_prune_breaks_no_chain(tmp_path, scene):
-    """Points go from the newest to the oldest, so whatever is left is whole; a second run ends it."""
-    left = set()
-    for at in range(1000):
-        root = tmp_path / str(at)
-        root.mkdir()
-        scene.fill(root)
-        files = LossyFiles(at)
-        try:
-            with open_repository(root, files) as repository:
-                repository.prune("web", 1, poll, dry_run=False)
-            finished = True
-        except Crash:
-            finished = False
-        files.lose()
-        with open_repository(root) as repository:
-            there = sorted(repository.load("web").points)
-            left.add(tuple(there))
-            assert scene.names[2] in there
-            for name in there:
-                assert repository.verify("web", name, poll).problems == []
-                with repository.open("web", name) as opened:
-                    for disk, content in scene.contents[scene.names.index(name)].items():
-                        assert opened.views[disk].read(0, len(content)) == content
-            assert repository.prune("web", 1, poll, dry_run=True).kept == [scene.names[2]]
-            assert sorted(repository.load("web").points) == there
-            repository.prune("web", 1, poll, dry_run=False)
-        assert [p.name for p in (root / "web").iterdir()] == [scene.names[2]]
-        shutil.rmtree(root)
-        if finished:
-            break
-    one, two, three = scene.names
-    assert left == {(one, two, three), (one, three), (three,)}
 
 
 def test_a_full_disk_at_any_step_fails_that_backup_only(tmp_path, scene):

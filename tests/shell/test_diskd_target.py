@@ -19,6 +19,7 @@ from daemonkit.frames import FrameReader
 from daemonkit.ports import Address
 from daemonkit.rpc import CallRefused, connect
 from diskd.core import target_calls as calls
+from diskd.core.retention import Keep
 from diskd.core.stream import (
     Ack,
     Committed,
@@ -199,7 +200,7 @@ async def test_pruning_keeps_the_newest_and_refuses_what_is_in_use(tmp_path, lib
         points.append((await backup(library, address)).point)
 
     async def prune(dry_run=False):
-        return await call(address, calls.PRUNE, calls.PruneRequest("web", 2, dry_run))
+        return await call(address, calls.PRUNE, calls.PruneRequest("web", Keep(last=2), dry_run))
 
     planned = await prune(dry_run=True)
     assert (planned.synthesized, planned.removed) == ([points[2]], [points[1], points[0]])
@@ -226,7 +227,7 @@ async def test_pruning_keeps_the_newest_and_refuses_what_is_in_use(tmp_path, lib
     verified = await call(address, calls.VERIFY, calls.PointFilter("web", None))
     assert [p.problems for p in verified.points] == [[], [], []]
     with RaisesLeaf(CallRefused, "at least one"):
-        await call(address, calls.PRUNE, calls.PruneRequest("web", 0, True))
+        await call(address, calls.PRUNE, calls.PruneRequest("web", Keep(), True))
 
 
 async def nbd_read(uri, offset, length):

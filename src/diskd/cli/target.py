@@ -8,7 +8,7 @@ from typing import Any, NoReturn, TypeVar
 import click
 
 from daemonkit.cli import ADDRESS, call_once, print_json, run_async
-from daemonkit.errors import OperatorError
+from daemonkit.errors import OperatorError, UsageError
 from daemonkit.methods import Method
 from daemonkit.ports import Address
 from daemonkit.progress import Progress
@@ -16,6 +16,7 @@ from daemonkit.schema import unstructure
 from daemonkit.units import format_size
 from diskd.cli.calling import SECONDS_UNBOUNDED, Diskd, pass_diskd, print_table
 from diskd.core import target_calls as calls
+from diskd.core.retention import KEEP_MAX, Keep
 
 P = TypeVar("P")
 R = TypeVar("R")
@@ -29,6 +30,7 @@ target_option = click.option(
     envvar="HOLDFAST_TARGET",
     help="Where `diskd target` listens; HOLDFAST_TARGET stands for it.",
 )
+COUNT = click.IntRange(min=0, max=KEEP_MAX)
 json_lines = click.option("--json", "as_json", is_flag=True, help="Lines of JSON: progress, the result last.")
 
 
@@ -198,24 +200,50 @@ def restore(
 
 @target.command()
 @click.argument("vm")
-@click.option("--keep-last", required=True, type=click.IntRange(min=1), metavar="N",
-              help="How many of the newest points stay.")  # fmt: skip
+@click.option("--keep-last", type=COUNT, default=0, metavar="N", help="The newest N points.")
+@click.option("--keep-daily", type=COUNT, default=0, metavar="N",
+              help="The newest point of each of the newest N days that have one.")  # fmt: skip
+@click.option("--keep-weekly", type=COUNT, default=0, metavar="N",
+              help="Likewise of weeks (they begin on a Monday).")  # fmt: skip
+@click.option("--keep-monthly", type=COUNT, default=0, metavar="N", help="Likewise of months.")
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
 @target_option
 @json_lines
 @pass_diskd
-def prune(diskd: Diskd, vm: str, keep_last: int, dry_run: bool, address: Address, as_json: bool) -> None:
-    """Remove the older points of a VM, and give their space back.
+def prune(
+    diskd: Diskd,
+    vm: str,
+    keep_last: int,
+    keep_daily: int,
+    keep_weekly: int,
+    keep_monthly: int,
+    dry_run: bool,
+    address: Address,
+    as_json: bool,
+) -> None:
+    """Remove the points of a VM that no rule keeps, and give their space back.
+
+    A point stays if any of the rules keeps it, and it is said which. Days, weeks and months are those of
+    UTC, by the time at which the target committed the point.
 
     A point that stays but builds on one that goes becomes a full of its own first; that needs its space
-    until the others are gone. Damaged points are neither counted nor removed. Refused while the VM is
-    being backed up or restored.
+    until the others are gone. Then everything that stays is read again, and only if all of it is good is
+    anything removed. Damaged points are neither counted nor removed. Refused while the VM is being backed
+    up, restored, served or audited.
     """
+    keep = Keep(keep_last, keep_daily, keep_weekly, keep_monthly)
+    if not any((keep_last, keep_daily, keep_weekly, keep_monthly)):
+        raise UsageError("say what stays: --keep-last, --keep-daily, --keep-weekly or --keep-monthly")
     progress = Progress(as_json)
-    report = _call(diskd, address, calls.PRUNE, calls.PruneRequest(vm, keep_last, dry_run), progress=progress)
+    report = _call(diskd, address, calls.PRUNE, calls.PruneRequest(vm, keep, dry_run), progress=progress)
     if as_json:
         print(json.dumps({**unstructure(report), "dry_run": dry_run}))
         return
+    for verdict in report.verdicts:
+        word = "stays" if verdict.keep else "goes"
+        click.echo(
+            f"{vm} {verdict.point} of {verdict.committed_at[:16]} {word}: {', '.join(verdict.reasons)}"
+        )
     would = "would be " if dry_run else ""
     for point in report.synthesized:
         click.echo(f"{vm} {point}: {would}made a full")

@@ -9,6 +9,7 @@ from typing import Final
 import attrs
 
 from daemonkit.methods import Method
+from diskd.core.retention import Keep, Verdict
 from diskd.core.stream import ExportKind
 
 
@@ -135,17 +136,17 @@ class ServeRequest:
 
 @attrs.frozen
 class PruneRequest:
-    """Keep the newest ``keep_last`` points of a VM; with ``dry_run`` only say what that would do."""
+    """Keep what ``keep`` says of a VM's points; with ``dry_run`` only say what that would do."""
 
     vm: str
-    keep_last: int
+    keep: Keep
     dry_run: bool
 
 
 @attrs.frozen
 class PruneReport:
     """``kept`` oldest first, ``synthesized`` among them; ``removed`` in that order. ``damaged`` points are
-    neither counted nor removed."""
+    neither counted nor removed. ``verdicts``: every point with its reasons, oldest first."""
 
     vm: str
     kept: list[str]
@@ -153,6 +154,7 @@ class PruneReport:
     removed: list[str]
     removed_bytes: int
     damaged: list[str]
+    verdicts: list[Verdict]
 
 
 @attrs.frozen

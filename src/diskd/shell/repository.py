@@ -40,7 +40,7 @@ from diskd.core.catalog import (
 )
 from diskd.core.inventory import NAME_PATTERN
 from diskd.core.qcow2 import FULL_CLUSTER_BYTES
-from diskd.core.retention import plan_prune
+from diskd.core.retention import Keep, plan_prune
 from diskd.core.stream import (
     ExportHeader,
     Frame,
@@ -54,7 +54,7 @@ from diskd.errors import Damaged, Refused
 from diskd.shell.chain_view import OpenPoint, frames_of_view, open_point
 from diskd.shell.incoming import Incoming
 from diskd.shell.repository_files import RepositoryFiles
-from diskd.shell.verify import Poll, verify_point
+from diskd.shell.verify import Poll, check_files, verify_point
 
 LOCK: Final = ".lock"
 IDENTITY: Final = ".id"
@@ -254,26 +254,43 @@ class Repository:
                 incoming.discard()
         return SynthesizeReport(vm, point, manifest.base, sum(disk.file.size for disk in new.disks))
 
-    def prune(self, vm: str, keep_last: int, poll: Poll, *, dry_run: bool) -> PruneReport:
-        """Make fulls of what is kept but builds on what is not, then remove the rest, bases last.
+    def prune(self, vm: str, keep: Keep, poll: Poll, *, dry_run: bool) -> PruneReport:
+        """Make fulls of what is kept but builds on what is not, verify what is kept, then remove the rest,
+        bases last.
 
         Raises Refused, Damaged, OSError: what has been done until then stands, and every chain is whole.
         """
         loaded = self.load(vm)
         if not loaded.points and not loaded.damaged:
             raise Refused(f"the target has no VM {vm}")
-        plan = plan_prune(loaded.points, keep_last)
+        plan = plan_prune(loaded.points, keep)
         sizes = [disk.file.size for point in plan.remove for disk in loaded.points[point].disks]
-        if not dry_run:
+        if plan.remove and not dry_run:
             for point in plan.synthesize:
                 self.synthesize(vm, point, poll)
+            self._check_kept(vm, plan.wanted, poll)
             for point in plan.remove:
                 poll()
                 self._remove(vm, point)
-        broken = [point for point in plan.keep if not is_restorable(loaded.points, point)]
-        return PruneReport(
-            vm, plan.keep, plan.synthesize, plan.remove, sum(sizes), sorted([*broken, *loaded.damaged])
-        )
+        broken = [point for point in plan.keep if point not in plan.wanted]
+        damaged = sorted([p for p in broken if not is_restorable(loaded.points, p)] + [*loaded.damaged])
+        return PruneReport(vm, plan.keep, plan.synthesize, plan.remove, sum(sizes), damaged, plan.verdicts)
+
+    def _check_kept(self, vm: str, wanted: list[str], poll: Poll) -> None:
+        """Every file of what is to be kept is still what was committed, down to the last bit. Raises Damaged.
+
+        All of it was compared with the source's digests before it was committed, so the target's own are
+        enough here: each file is read once, from end to end.
+        """
+        loaded = self.load(vm)
+        needed = {link.point for point in wanted for link in chain_of(loaded.points, point)}
+        for point in sorted(needed):
+            _, problems = check_files(self._directory(vm) / point, loaded.points[point], poll)
+            if problems:
+                raise Damaged(
+                    f"{problems[0]}; nothing was removed: an older point may be what is left of it"
+                    f" (diskctl target verify {vm} tells more)"
+                )
 
     def _remove(self, vm: str, point: str) -> None:
         """Readers that have its files open go on with them."""

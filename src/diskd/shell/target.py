@@ -186,13 +186,14 @@ class Target:
 
     async def _prune(self, request: calls.PruneRequest, call: Call) -> calls.PruneReport:
         await call.progress({"vm": request.vm, "step": "prune"})
-        prune = partial(self._repository.prune, request.vm, request.keep_last, dry_run=request.dry_run)
+        prune = partial(self._repository.prune, request.vm, request.keep, dry_run=request.dry_run)
         if request.dry_run:
             return await self._thread(prune, poll_cancelled)
         self._refuse_written(request.vm, "prune")
         if readers := self._readers[request.vm]:
             raise Refused(
-                f"{request.vm} is being restored or served ({readers} times); prune again when that has ended"
+                f"{request.vm} is being restored, served or audited ({readers} times);"
+                " prune again when that has ended"
             )
         async with self._turn(request.vm, "prune"):
             return await self._thread(prune, poll_cancelled)

@@ -48,13 +48,14 @@ def verify_point(directory: Path, chain: Sequence[Manifest], *, poll: Poll) -> t
     """(bytes read, problems) of the first point of the chain. Nothing is raised for what is found."""
     path = directory / chain[0].point
     with ThreadPoolExecutor(1) as thread, Stop() as stop:
-        files = thread.submit(_check_files, path, chain[0], stop.poll)
+        files = thread.submit(check_files, path, chain[0], stop.poll)
         total, problems = verify_content(directory, chain, poll=poll)
         file_bytes, file_problems = files.result()
     return total + file_bytes, list(dict.fromkeys(file_problems + problems))[:PROBLEMS_MAX]
 
 
-def _check_files(path: Path, manifest: Manifest, poll: Poll) -> tuple[int, list[str]]:
+def check_files(path: Path, manifest: Manifest, poll: Poll) -> tuple[int, list[str]]:
+    """(bytes read, problems): every file of a point against the target's own digest of it."""
     problems: list[str] = []
     total = 0
     for file in (manifest.config, manifest.index, *(disk.file for disk in manifest.disks)):

@@ -1,0 +1,124 @@
+"""Pruning on real files: a crash after every step, a flipped bit in what is to stay, and the reasons."""
+
+import os
+import shutil
+
+import pytest
+from diskd_repository_scene import Crash, LossyFiles, Scene, poll
+
+from diskd.core.retention import Keep
+from diskd.errors import Damaged
+from diskd.shell.repository import open_repository
+from diskd.shell.repository_files import RepositoryFiles
+
+pytestmark = pytest.mark.slow
+LAST = Keep(last=1)
+
+
+@pytest.fixture(scope="module")
+def scene():
+    return Scene()
+
+
+def test_a_crash_at_every_step_of_a_prune_breaks_no_chain(tmp_path, scene):
+    """Points go from the newest to the oldest, so whatever is left is whole; a second run ends it."""
+    left = set()
+    for at in range(1000):
+        root = tmp_path / str(at)
+        root.mkdir()
+        scene.fill(root)
+        files = LossyFiles(at)
+        try:
+            with open_repository(root, files) as repository:
+                repository.prune("web", LAST, poll, dry_run=False)
+            finished = True
+        except Crash:
+            finished = False
+        files.lose()
+        with open_repository(root) as repository:
+            there = sorted(repository.load("web").points)
+            left.add(tuple(there))
+            assert scene.names[2] in there
+            for name in there:
+                assert repository.verify("web", name, poll).problems == []
+                with repository.open("web", name) as opened:
+                    for disk, content in scene.contents[scene.names.index(name)].items():
+                        assert opened.views[disk].read(0, len(content)) == content
+            assert repository.prune("web", LAST, poll, dry_run=True).kept == [scene.names[2]]
+            assert sorted(repository.load("web").points) == there
+            repository.prune("web", LAST, poll, dry_run=False)
+        assert [p.name for p in (root / "web").iterdir()] == [scene.names[2]]
+        shutil.rmtree(root)
+        if finished:
+            break
+    one, two, three = scene.names
+    assert left == {(one, two, three), (one, three), (three,)}
+
+
+class FlippingFiles(RepositoryFiles):
+    """The disk changes one bit of the new full after it was verified, before anything older goes."""
+
+    def __init__(self, name):
+        self.name = name
+
+    def exchange(self, one, other):
+        super().exchange(one, other)
+        flip(other / self.name, -1)
+
+
+def flip(path, place):
+    data = bytearray(path.read_bytes())
+    data[place] ^= 4
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("name", ["system.qcow2", "journal.qcow2", "export.index", "vm.toml"])
+def test_a_flipped_bit_in_the_new_full_stops_the_prune(tmp_path, scene, name):
+    scene.fill(tmp_path)
+    with open_repository(tmp_path, FlippingFiles(name)) as repository:
+        with pytest.raises(Damaged, match=f"{name}.*nothing was removed"):
+            repository.prune("web", LAST, poll, dry_run=False)
+        assert sorted(repository.load("web").points) == sorted(scene.names)
+
+
+@pytest.mark.parametrize("name", ["system.qcow2", "export.index", "vm.toml"])
+def test_a_flipped_bit_in_what_stays_stops_the_prune(tmp_path, scene, name):
+    """Nothing is synthesized here: the two newest are a full and a differential of their own."""
+    scene.fill(tmp_path)
+    with open_repository(tmp_path) as repository:
+        repository.synthesize("web", scene.names[1], poll)
+        for kept in scene.names[1:]:
+            path = tmp_path / "web" / kept / name
+            good = path.read_bytes()
+            flip(path, len(good) // 2)
+            with pytest.raises(Damaged, match=f"{kept}/{name}"):
+                repository.prune("web", Keep(last=2), poll, dry_run=False)
+            path.write_bytes(good)
+        assert repository.prune("web", Keep(last=2), poll, dry_run=False).removed == [scene.names[0]]
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_flipped_bit_in_a_base_stops_the_prune(tmp_path, scene, number):
+    """The newest point cannot be made a full any more: what is left of its chain must not go."""
+    scene.fill(tmp_path)
+    with open_repository(tmp_path) as repository:
+        with repository.open("web", scene.names[number]) as opened:
+            [place] = [m.host for m in opened.views["system"].layers[0].reader.map(0, 4096) if m.host][
+                :1
+            ] or [m.host for m in opened.views["system"].layers[0].reader.map(100 << 10, 4096) if m.host][:1]
+        flip(tmp_path / "web" / scene.names[number] / "system.qcow2", place)
+        before = sorted(os.listdir(tmp_path / "web"))
+        with pytest.raises(Damaged, match=r"system\.qcow2"):
+            repository.prune("web", LAST, poll, dry_run=False)
+        assert sorted(os.listdir(tmp_path / "web")) == before
+
+
+def test_the_report_says_why(tmp_path, scene):
+    scene.fill(tmp_path)
+    with open_repository(tmp_path) as repository:
+        report = repository.prune("web", Keep(monthly=1), poll, dry_run=True)
+    assert [(v.point, v.keep) for v in report.verdicts] == list(
+        zip(scene.names, [False, False, True], strict=True)
+    )
+    assert report.verdicts[2].reasons == ["newest of the month 2026-01"]
+    assert report.synthesized == [scene.names[2]]
