@@ -66,6 +66,8 @@ class Settings:
     merge_batch: int = _setting(4 * MiB, _Rule("size", 64 * KiB, GiB))
     # Where the shared bitmaps live; it must be a tmpfs. none: a directory of our own there.
     shared_dir: str | None = _setting(None, _Rule("path", may_be_none=True))
+    # What lies in shared_dir is believed only under the boot that this file names. none: the kernel's file.
+    boot_id_file: str | None = _setting(None, _Rule("path", may_be_none=True))
     # NBD clients at a time. Each may, when busy, take 128 MiB.
     nbd_connections: int = _setting(512, _Rule("count", 1, 65536))
 
@@ -78,6 +80,7 @@ class Settings:
             avhd_limit_bytes=self.avhd_limit,
             merge_batch_bytes=self.merge_batch,
             shared_dir=self.shared_dir,
+            boot_id_file=self.boot_id_file,
         )
 
 

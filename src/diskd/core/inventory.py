@@ -33,6 +33,7 @@ class LibrarySettings:
     avhd_limit_bytes: int | None = None  # per disk; None: as much as the file system gives
     merge_batch_bytes: int = 4 * MiB  # one batch's copy keeps a colliding write waiting for milliseconds
     shared_dir: str | None = None  # where the mapped state lives; None: a directory of ours on tmpfs
+    boot_id_file: str | None = None  # tells one boot from another; None: the kernel's
 
 
 @attrs.frozen
