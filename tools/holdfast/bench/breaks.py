@@ -182,4 +182,22 @@ BREAKS: tuple[Break, ...] = (
         "",
         ("tests/shell/test_diskd_repository.py",),
     ),
+    Break(
+        "pruned-unverified",
+        "B5",
+        "older points are removed although what is kept was not read again",
+        "src/diskd/shell/repository.py",
+        "            self._check_kept(vm, plan.wanted, poll)\n",
+        "",
+        ("tests/shell/test_diskd_prune.py",),
+    ),
+    Break(
+        "bases-removed-first",
+        "B5",
+        "a prune removes bases before what builds on them",
+        "src/diskd/core/retention.py",
+        "for manifest in reversed(ordered) if manifest.point not in reasons]",
+        "for manifest in ordered if manifest.point not in reasons]",
+        ("tests/core/test_diskd_retention.py",),
+    ),
 )
