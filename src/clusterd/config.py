@@ -7,11 +7,14 @@ work together is refused here, with the reason, before anything is started.
 import ipaddress
 import re
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
 
 import attrs
+import tomlkit
+from tomlkit.exceptions import TOMLKitError
 
 from clusterd.core.types import (
     NEVER,
@@ -333,3 +336,19 @@ def _resiliency_period(value: object) -> int | None:
     if isinstance(value, str):
         return parse_duration(value)
     raise Refused(f'resiliency_period: {value!r} is not a duration like "4m", 0 (at once) or -1 (never)')
+
+
+def renamed_vm(text: str, *, name: str, images: Mapping[str, str], diskd: str) -> str:
+    """A VM file's text with another VM name, other images (by disk name) and another diskd; all else stays as
+    it is, comments included. Raises OperatorError where it is not a VM file."""
+    parse_vm(text, where="the backup's VM file")
+    try:
+        document = tomlkit.parse(text)
+        document["name"] = name
+        for disk in document.get("disks", []):
+            disk["image"] = images.get(disk["name"], disk["image"])
+            if disk.get("diskd", "main") != diskd:
+                disk["diskd"] = diskd
+        return tomlkit.dumps(document)
+    except (TOMLKitError, KeyError, TypeError) as error:
+        raise OperatorError(f"the backup's VM file cannot be changed: {error}") from error

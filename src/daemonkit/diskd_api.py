@@ -74,7 +74,9 @@ class BackupDisk:
 
 @attrs.frozen
 class BackupRequest:
-    """``since`` names the base point where mode is "since". ``config``: the VM file's text, verbatim."""
+    """``since`` names the base point where mode is "since". ``config``: the VM file's text, verbatim.
+    ``epoch``: of the run whose node asks, or 0: the backup is given up when its disks are leased under a
+    newer one, so that nobody who takes the VM over has to wait for it."""
 
     vm: str
     disks: list[BackupDisk]
@@ -82,6 +84,7 @@ class BackupRequest:
     target: str
     mode: BackupMode = "auto"
     since: str | None = None
+    epoch: int = 0
 
 
 @attrs.frozen

@@ -1,10 +1,9 @@
 """Whole clusters of real processes: cables pulled, daemons and hosts killed, the journal judged."""
 
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
-import trio
+from lab_until import until
 
 from holdfast.guest.acks import Line, parse_acks
 from holdfast.lab import processes
@@ -12,20 +11,7 @@ from holdfast.lab.cluster import Lab
 from holdfast.lab.guests import GuestOptions, acks_path, add_guest, check_guest
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
-DEADLINE_SECONDS = 25.0
 OPTIONS = GuestOptions(on="n1", size_bytes=16 << 20, rate=50.0, size_load=50.0)
-
-
-async def until(what: str, condition: Callable[[], Awaitable[Any]], seconds: float = DEADLINE_SECONDS) -> Any:
-    """Whatever true thing ``condition`` returns, once it does."""
-    last: object = None
-    with trio.move_on_after(seconds):
-        while True:
-            last = await condition()
-            if last:
-                return last
-            await trio.sleep(0.05)
-    raise AssertionError(f"not within {seconds:g} s: {what}")
 
 
 async def vm_of(lab: Lab, *, but: str | None = None) -> dict[str, Any]:

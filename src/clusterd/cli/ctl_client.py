@@ -15,6 +15,7 @@ from daemonkit.cli import CALL_SECONDS_MAX, read_key, run_async
 from daemonkit.errors import OperatorError, UsageError
 from daemonkit.methods import Method
 from daemonkit.ports import Address
+from daemonkit.progress import Progress
 from daemonkit.rpc import CallFailed, connect
 
 P = TypeVar("P")
@@ -38,6 +39,13 @@ class Cluster:
     def command(self, method: Method[P, R], params: P) -> R:
         """Ask one node only, once it took the connection: asking twice could do it twice."""
         return run_async(lambda: self.ask(method, params, repeatable=False))
+
+    def work(self, method: Method[P, R], params: P, progress: Progress) -> R:
+        """A long call of one node: whichever takes the connection. It ends with this process."""
+        try:
+            return run_async(lambda: self.ask(method, params, repeatable=False, progress=progress))
+        finally:
+            progress.finish()
 
     async def status(self) -> dict[str, Any]:
         """The status document to believe, of those that the given nodes answer with. Raises as ``ask``.
@@ -64,8 +72,12 @@ class Cluster:
             raise CallFailed("; ".join(sorted(failures)))
         return chosen
 
-    async def ask(self, method: Method[P, R], params: P, *, repeatable: bool) -> R:
-        """The answer. Raises CallRefused, or CallFailed with what each address said."""
+    async def ask(
+        self, method: Method[P, R], params: P, *, repeatable: bool, progress: Progress | None = None
+    ) -> R:
+        """The answer; with ``progress``, however long it takes. Raises CallRefused, or CallFailed with what
+        each address said."""
+        seconds_max = CALL_SECONDS_MAX if progress is None else math.inf
         failures: list[str] = []
         for address in self.addresses:
             connected = False
@@ -73,12 +85,14 @@ class Cluster:
                 with trio.fail_after(CONNECT_SECONDS_MAX) as connecting:
                     async with connect(address, key=self.key) as client:
                         connected, connecting.deadline = True, math.inf
-                        with trio.fail_after(CALL_SECONDS_MAX):
-                            return await client.call(method, params)
+                        with trio.fail_after(seconds_max):
+                            return await client.call(method, params, on_progress=progress)
             except trio.TooSlowError:
                 failure = f"{address}: no answer"
             except CallFailed as error:
                 failure = str(error)
+            if connected and progress is not None:
+                raise CallFailed(f"{failure}; it was given up: run it again")
             if connected and not repeatable:
                 raise CallFailed(f"{failure}; whether it was done is unknown: look at `clusterctl status`")
             failures.append(failure)

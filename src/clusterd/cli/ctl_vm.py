@@ -1,5 +1,6 @@
 """``clusterctl vm``: what runs in the cluster."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,11 @@ from clusterd.core import calls
 from clusterd.core.commands import FailoverVm, MoveVm, RemoveVm, StartVm, StopVm
 from clusterd.core.types import check_name
 from clusterd.errors import Refused
-from daemonkit.cli import print_json
-from daemonkit.errors import OperatorError
+from daemonkit.cli import ADDRESS, print_json
+from daemonkit.ports import Address
+from daemonkit.progress import Progress
+from daemonkit.schema import unstructure
+from daemonkit.units import format_size
 
 FILE = click.Path(path_type=Path, dir_okay=False)
 
@@ -25,13 +29,17 @@ def _node_name(context: click.Context, parameter: click.Parameter, value: str) -
     return check_name(value, "node")
 
 
+def _optional_vm_name(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    return None if value is None else check_name(value, "VM")
+
+
 VM = click.argument("name", metavar="VM", callback=_vm_name)
 JSON = click.option("--json", "as_json", is_flag=True, help="One JSON document.")
 
 
 @click.group()
 def vm() -> None:
-    """Add, start, stop and move VMs.
+    """Add, start, stop, move, back up and restore VMs.
 
     A verb that changes something is done when it is recorded; `clusterctl status` shows what comes of it.
     """
@@ -147,27 +155,80 @@ def failover(context: click.Context, name: str) -> None:
     click.echo(cluster_of(context).command(calls.VM_FAILOVER, FailoverVm(name)).text)
 
 
+TARGET = click.option(
+    "--target",
+    type=ADDRESS,
+    required=True,
+    envvar="HOLDFAST_TARGET",
+    help="Where `diskd target` listens, as diskd reaches it; HOLDFAST_TARGET stands for it.",
+)
+LINES = click.option("--json", "as_json", is_flag=True, help="Lines of JSON: progress, the result last.")
+
+
 @vm.command()
 @VM
-@click.option("--target", required=True, metavar="HOST:PORT")
-@click.option("--full", is_flag=True)
-def backup(name: str, target: str, full: bool) -> None:
-    """Back a VM up through the cluster: not built, `diskctl backup` does it."""
-    option = " --full" if full else ""
-    raise OperatorError(
-        "vm backup is not built; back it up at its diskd:"
-        f" diskctl backup --vm {name} --image IMAGE... --target {target}{option}"
-    )
+@TARGET
+@click.option("--full", is_flag=True, help="Everything, whatever the target has.")
+@LINES
+@click.pass_context
+def backup(context: click.Context, name: str, target: Address, full: bool, as_json: bool) -> None:
+    """Back a VM up, wherever it runs: all its disks at one instant, and its configuration.
+
+    A full if the target has no point of this VM, else the changes since the newest point that both sides
+    hold, also after a move or a failover. A backup that fails loses nothing: the changes stay tracked. It
+    runs as long as this command does.
+
+    \b
+    Example: clusterctl vm backup web --target 10.0.0.9:10811
+    """
+    params = calls.BackupVm(name, str(target), full)
+    report = cluster_of(context).work(calls.VM_BACKUP, params, Progress(as_json))
+    if as_json:
+        print(json.dumps(unstructure(report)))
+        return
+    base = f" since {report.base}" if report.base else ""
+    click.echo(f"{name}: {report.kind} {report.point}{base}, {report.consistency}, {report.seconds:.1f} s")
+    for disk in report.disks:
+        exact = "" if disk.exact else ", not exact"
+        changed, sent = format_size(disk.changed_bytes), format_size(disk.sent_bytes)
+        click.echo(f"  {disk.image}: {changed} changed, {sent} sent{exact}")
 
 
 @vm.command()
 @VM
 @click.argument("point", metavar="POINT")
-@click.option("--target", required=True, metavar="HOST:PORT")
-@click.option("--as", "new_name", metavar="NAME")
-def restore(name: str, point: str, target: str, new_name: str | None) -> None:
-    """Restore a VM through the cluster: not built, `diskctl target restore` does it."""
-    raise OperatorError(
-        "vm restore is not built; copy the files out, import the disks and add the VM"
-        f" ({new_name or name}): diskctl target restore {name} {point} --to DIR --target {target}"
-    )
+@TARGET
+@click.option("--as", "new_name", metavar="NAME", callback=_optional_vm_name,
+              help="Restore it as a new VM of this name, beside the one that is there.")  # fmt: skip
+@click.option("--diskd", default="main", show_default=True, metavar="NAME",
+              help="Which diskd gets the images, as the asked node names it.")  # fmt: skip
+@click.option("--start", is_flag=True, help="Start it as well; else it stays offline.")
+@LINES
+@click.pass_context
+def restore(
+    context: click.Context,
+    name: str,
+    point: str,
+    target: Address,
+    new_name: str | None,
+    diskd: str,
+    start: bool,
+    as_json: bool,
+) -> None:
+    """Bring a VM back from a backup: its disks as new images, its configuration into the cluster.
+
+    Under its own name, it must be gone, and its images too. With --as, its images are named NAME (or
+    NAME-DISK where it has several disks), and nothing else of its configuration is changed. What fails
+    leaves nothing behind.
+
+    \b
+    Example: clusterctl vm restore web rp-0123456789abcdef --as web2 --start --target 10.0.0.9:10811
+    """
+    params = calls.RestoreVm(name, point, str(target), new_name, diskd, start)
+    done = cluster_of(context).work(calls.VM_RESTORE, params, Progress(as_json))
+    if as_json:
+        print(json.dumps(unstructure(done)))
+        return
+    click.echo(f"{done.vm}: {format_size(done.data_bytes)} restored from {done.point}; {done.text}")
+    for disk, image in sorted(done.images.items()):
+        click.echo(f"  {disk}: image {image}")

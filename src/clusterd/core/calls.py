@@ -23,6 +23,7 @@ from clusterd.core.commands import (
     StopVm,
 )
 from clusterd.core.types import Disk
+from daemonkit.diskd_api import BackupReport
 from daemonkit.methods import Method
 
 EVENTS_PER_REPLY_MAX: Final = 1000
@@ -107,12 +108,49 @@ class ProbeReply:
     epochs: dict[str, int]
 
 
+@attrs.frozen
+class BackupVm:
+    """Back a VM up at its owner. ``target`` is where diskd finds the target. ``at``: set by a node that
+    passes the call on; whoever does not own the VM any more refuses, so that no call goes in circles."""
+
+    vm: str
+    target: str
+    full: bool = False
+    at: str | None = None
+
+
+@attrs.frozen
+class RestoreVm:
+    """Copy a point's disks into new images of ``diskd`` as the asked node knows it, and add the VM, under
+    ``new_name`` if given. ``start``: and start it."""
+
+    vm: str
+    point: str
+    target: str
+    new_name: str | None = None
+    diskd: str = "main"
+    start: bool = False
+
+
+@attrs.frozen
+class RestoredVm:
+    """``images``: disk name -> image. ``text``: what follows."""
+
+    vm: str
+    point: str
+    images: dict[str, str]
+    data_bytes: int
+    text: str
+
+
 STATUS: Final = Method("status", Nothing, Document)
 EVENTS: Final = Method("events", EventsSince, EventList)
 EXPLAIN_NODE: Final = Method("explain.node", NodeName, Rows)
 PROBE: Final = Method("node.probe", ProbeRequest, ProbeReply)
 VM_SHOW: Final = Method("vm.show", VmName, Document)
 VM_ADD: Final = Method("vm.add", VmFile, Accepted)
+VM_BACKUP: Final = Method("vm.backup", BackupVm, BackupReport)
+VM_RESTORE: Final = Method("vm.restore", RestoreVm, RestoredVm)
 VM_REMOVE: Final = Method("vm.remove", RemoveVm, Accepted)
 VM_START: Final = Method("vm.start", StartVm, Accepted)
 VM_STOP: Final = Method("vm.stop", StopVm, Accepted)

@@ -32,6 +32,7 @@ from clusterd.core.status import Chronicle
 from clusterd.core.store_session import StoreSession
 from clusterd.core.store_view import StoreView
 from clusterd.core.types import EventName, Identity
+from clusterd.core.vm_copies import BackupPlace, backup_place, has_gone_elsewhere
 from clusterd.core.watching import Watching
 from daemonkit.errors import InvariantBroken
 from daemonkit.schema import unstructure
@@ -285,3 +286,12 @@ class NodeCore:
             return None
         document: dict[str, Any] = unstructure(spec)
         return document
+
+    def backup_place(self, vm: str, now: int) -> BackupPlace:
+        """Where a backup of this VM runs. Raises Refused."""
+        self.desk.now = max(self.desk.now, now)
+        return backup_place(self.desk, vm)
+
+    def has_gone_elsewhere(self, vm: str, place: BackupPlace) -> bool:
+        """Whether the VM has left the place where its backup runs."""
+        return has_gone_elsewhere(self.desk, vm, place)

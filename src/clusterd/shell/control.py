@@ -6,11 +6,12 @@ core, which records it in the store and answers; no answer in time is "unknown",
 
 import itertools
 import time
+from collections.abc import Mapping
 from typing import Any, Final
 
 import trio
 
-from clusterd.config import parse_vm
+from clusterd.config import PeerAddresses, parse_vm
 from clusterd.core import calls
 from clusterd.core.commands import AddVm, Command
 from clusterd.core.effects import AnswerCommand
@@ -20,6 +21,7 @@ from clusterd.errors import Refused
 from clusterd.shell.diskds import Diskds
 from clusterd.shell.event_log import EventLog
 from clusterd.shell.loop import CoreLoop
+from clusterd.shell.vm_copies import VmCopies
 from daemonkit.rpc import Call, Registry
 
 COMMAND_SECONDS_MAX: Final = 8.0
@@ -35,11 +37,21 @@ class _Pending:
 class Control:
     """Handlers of every call; ``answer_command`` is the way back from the core."""
 
-    def __init__(self, core: NodeCore, loop: CoreLoop, event_log: EventLog, diskds: Diskds) -> None:
+    def __init__(
+        self,
+        core: NodeCore,
+        loop: CoreLoop,
+        event_log: EventLog,
+        diskds: Diskds,
+        *,
+        peers: Mapping[str, PeerAddresses],
+        key: bytes | None,
+    ) -> None:
         self._core = core
         self._loop = loop
         self._event_log = event_log
         self._diskds = diskds
+        self._copies = VmCopies(core, loop, diskds, peers, key, self._ask)
         self._tickets = itertools.count(1)
         self._pending: dict[int, _Pending] = {}
 
@@ -51,6 +63,8 @@ class Control:
         registry.add(calls.PROBE, self._probe)
         registry.add(calls.VM_SHOW, self._vm_show)
         registry.add(calls.VM_ADD, self._vm_add)
+        registry.add(calls.VM_BACKUP, self._copies.backup)
+        registry.add(calls.VM_RESTORE, self._copies.restore)
         for method in calls.COMMANDS:
             registry.add(method, self._command)
         return registry

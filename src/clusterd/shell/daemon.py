@@ -150,7 +150,7 @@ async def _run(
     event_log = EventLog(config.name)
     diskds = Diskds(config.diskd, key)
     nbd = {name: addresses.nbd for name, addresses in config.diskd.items()}
-    control = Control(core, loop, event_log, diskds)
+    control = Control(core, loop, event_log, diskds, peers=config.peers, key=key)
 
     async def serve_control(task_status: trio.TaskStatus[Address]) -> None:
         await serve(control.registry(), config.control, keys=node.identity.keys, task_status=task_status)

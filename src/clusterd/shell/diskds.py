@@ -4,7 +4,8 @@ Whatever is not a clear answer is "unanswered": the lease may then have been tak
 again tells.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import structlog
 import trio
@@ -15,21 +16,30 @@ from clusterd.core.events import ImageLook, LeaseAnswer
 from clusterd.core.types import Disk
 from daemonkit.cli import call_once
 from daemonkit.diskd_api import (
+    BACKUP_RUN,
     IMAGE_ACTIVITY,
+    IMAGE_DELETE,
+    IMAGE_RESTORE,
     LEASE_ACQUIRE,
     LEASE_RELEASE,
     LEASE_SHOW,
+    BackupReport,
+    BackupRequest,
+    DeleteImage,
     ImageName,
     ImageNames,
     Lease,
     LeaseRequest,
+    RestoreReport,
+    RestoreRequest,
 )
 from daemonkit.ports import Address
-from daemonkit.rpc import CallFailed, CallRefused
+from daemonkit.rpc import CallFailed, CallRefused, connect
 
 ACQUIRE_SECONDS_MAX = 4.5  # the core allows 5 s for all disks of a run
 LOOK_SECONDS_MAX = 1.5
 RELEASE_SECONDS_MAX = 2.0
+DELETE_SECONDS_MAX = 30.0
 
 log = structlog.get_logger("diskds")
 
@@ -49,9 +59,12 @@ class Diskds:
         self._key = key
 
     def _control(self, disk: Disk) -> Address:
-        if disk.diskd not in self._diskds:
-            raise CallFailed(f"this node's configuration names no diskd {disk.diskd!r}")
-        return self._diskds[disk.diskd].control
+        return self._control_of(disk.diskd)
+
+    def _control_of(self, diskd: str) -> Address:
+        if diskd not in self._diskds:
+            raise CallFailed(f"this node's configuration names no diskd {diskd!r}")
+        return self._diskds[diskd].control
 
     async def acquire(self, disks: Sequence[Disk], epoch: int, holder: str) -> tuple[LeaseAnswer, ...]:
         """An answer for each disk tried, in order; none is tried after the first that fails."""
@@ -150,3 +163,31 @@ class Diskds:
             for name in sorted({disk.diskd for disk in disks}):
                 nursery.start_soon(ask, [disk for disk in disks if disk.diskd == name])
         return tuple(sorted(looks, key=lambda look: look.disk))
+
+    async def backup(
+        self, diskd: str, request: BackupRequest, on_progress: Callable[[Any], None]
+    ) -> BackupReport:
+        """As long as it takes. Raises CallRefused, CallFailed; cancelling it cancels the backup."""
+        async with connect(self._control_of(diskd), key=self._key) as client:
+            return await client.call(BACKUP_RUN, request, on_progress=on_progress)
+
+    async def restore(
+        self, diskd: str, request: RestoreRequest, on_progress: Callable[[Any], None]
+    ) -> RestoreReport:
+        """As ``backup``; a restore that fails or is cancelled leaves no image."""
+        async with connect(self._control_of(diskd), key=self._key) as client:
+            return await client.call(IMAGE_RESTORE, request, on_progress=on_progress)
+
+    async def delete_images(self, diskd: str, images: Sequence[str]) -> None:
+        """Once each; what cannot be deleted is named in the log."""
+        for image in images:
+            try:
+                await call_once(
+                    self._control_of(diskd),
+                    IMAGE_DELETE,
+                    DeleteImage(image),
+                    key=self._key,
+                    seconds_max=DELETE_SECONDS_MAX,
+                )
+            except (CallRefused, CallFailed) as error:
+                log.warning("image.not_deleted", image=image, reason=str(error))

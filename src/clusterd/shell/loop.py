@@ -59,6 +59,7 @@ class CoreLoop:
         # Bounded by what asks: every event answers an effect, a run or one of the bounded control calls.
         self._inbox: deque[Event] = deque()
         self._woken = trio.Event()
+        self._turned = trio.Event()
         self._unwritten: Persist | None = None
         self._persist_wanted = trio.Event()
         self._persist_limiter = trio.CapacityLimiter(1)
@@ -79,6 +80,10 @@ class CoreLoop:
         """There are datagrams in the mailbox."""
         self._woken.set()
 
+    async def wait_turn(self) -> None:
+        """Until the core has had another turn: at most a pulse, and something may have changed by then."""
+        await self._turned.wait()
+
     def end(self, reason: str) -> None:
         """End the loop without the core's goodbye."""
         self.exit_reason = self.exit_reason or reason
@@ -94,6 +99,8 @@ class CoreLoop:
             while self.exit_reason is None:
                 await self._wait()
                 self._turn()
+                self._turned.set()
+                self._turned = trio.Event()
             nursery.cancel_scope.cancel(reason="exit")
         return self.exit_reason
 

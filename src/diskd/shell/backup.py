@@ -19,7 +19,7 @@ import attrs
 import structlog
 import trio
 
-from daemonkit.diskd_api import BACKUP_RUN, BackupDisk, BackupDiskReport, BackupReport, BackupRequest
+from daemonkit.diskd_api import BACKUP_RUN, BackupDisk, BackupDiskReport, BackupReport, BackupRequest, Lease
 from daemonkit.errors import HoldfastError
 from daemonkit.ports import Address
 from daemonkit.rpc import Call, CallFailed, Client, Registry, connect
@@ -56,18 +56,48 @@ class CheckpointSource(Protocol):
         """All disks at one instant; Refused says why not. ``target``: the repository it is for."""
         ...
 
+    def lease(self, image: str) -> Lease: ...
+
 
 def register_backup(registry: Registry, source: CheckpointSource, *, key: bytes | None = None) -> None:
     """Answer ``backup.run`` on diskd's control. ``key`` is the cluster key for the target's listener."""
 
     async def run(request: BackupRequest, call: Call) -> BackupReport:
-        return await run_backup(source, request, report=call.progress, key=key)
+        return await _while_unfenced(
+            source, request, lambda: run_backup(source, request, report=call.progress, key=key)
+        )
 
     async def export(request: calls.ExportRequest, _peer: str, stream: trio.abc.Stream) -> None:
         await run_export(source, request, stream)
 
     registry.add(BACKUP_RUN, run)
     registry.add_stream(calls.EXPORT_IMAGE, export)
+
+
+async def _while_unfenced(
+    source: CheckpointSource, request: BackupRequest, backup: Callable[[], Awaitable[BackupReport]]
+) -> BackupReport:
+    """Run it; give it up when another run of the VM takes its disks (``BackupRequest.epoch``)."""
+    if not request.epoch:
+        return await backup()
+    reports: list[BackupReport] = []
+    async with trio.open_nursery() as nursery:
+
+        async def watch() -> None:
+            # A lease tells nobody that it changed, and half a second makes no difference here.
+            while all(source.lease(disk.image).epoch <= request.epoch for disk in request.disks):  # noqa: ASYNC110 - see above
+                await trio.sleep(PROGRESS_SECONDS)
+            nursery.cancel_scope.cancel(reason="fenced")
+
+        nursery.start_soon(watch)
+        reports.append(await backup())
+        nursery.cancel_scope.cancel(reason="done")
+    if not reports:
+        raise Refused(
+            f"{request.vm} was taken over by a newer run during its backup, which was given up;"
+            " its changes stay tracked: run it again"
+        )
+    return reports[0]
 
 
 async def run_export(source: CheckpointSource, request: calls.ExportRequest, stream: trio.abc.Stream) -> None:
