@@ -9,6 +9,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import secrets
 from pathlib import Path
 
 from daemonkit.errors import OperatorError
@@ -57,6 +58,36 @@ def replace_file(path: Path, data: bytes, *, mode: int = 0o644) -> None:
             os.unlink(temporary)
         raise
     sync_directory(path.parent)
+
+
+def create_file(path: Path, data: bytes, *, mode: int = 0o644) -> None:
+    """Durably make a new file hold ``data``. Raises FileExistsError where there is one, else OSError.
+
+    By a link to a whole file: so nobody ever sees half of it, and of several that try at once, on one host
+    or on several that share a file system, exactly one succeeds.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+    try:
+        try:
+            write_all(descriptor, data)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        _link(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+    sync_directory(path.parent)
+
+
+def _link(temporary: Path, path: Path) -> None:
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        # Over NFS an answer may be lost and the call be sent again: then what exists already is ours.
+        if temporary.stat().st_nlink == 1:
+            raise
 
 
 def remove_file(path: Path) -> None:

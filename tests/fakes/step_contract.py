@@ -7,7 +7,21 @@ import errno
 from collections.abc import Callable
 from typing import Any
 
-from diskd.core.steps import Allocate, Punch, Read, Remove, Replace, Script, Size, Step, Sync, Truncate, Write
+from diskd.core.steps import (
+    Allocate,
+    Create,
+    Names,
+    Punch,
+    Read,
+    Remove,
+    Replace,
+    Script,
+    Size,
+    Step,
+    Sync,
+    Truncate,
+    Write,
+)
 
 Run = Callable[[Script[Any]], Any]
 
@@ -72,6 +86,19 @@ def replacing_and_removing(run: Run) -> None:
     assert run(steps(Size("a"))) == [None]
 
 
+def creating_never_replaces(run: Run) -> None:
+    run(steps(Create("a", b"one")))
+    assert run(refused(Create("a", b"another"))) == errno.EEXIST
+    assert run(steps(Read("a", 0, 100))) == [b"one"]
+    run(steps(Remove("a"), Create("a", b"three"), Create("a.7", b""), Create("b", b"")))
+    assert run(steps(Names("a"), Names("a."), Names("c"), Read("a", 0, 9))) == [
+        ["a", "a.7"],
+        ["a.7"],
+        [],
+        b"three",
+    ]
+
+
 def a_missing_file_is_an_error_that_the_script_sees(run: Run) -> None:
     for step in (Read("a", 0, 1), Write("a", 0, b"x"), Punch("a", 0, 1), Sync("a")):
         assert run(refused(step)) == errno.ENOENT
@@ -98,6 +125,7 @@ CASES = [
     truncation_discards,
     punching_zeroes_and_keeps_the_size,
     replacing_and_removing,
+    creating_never_replaces,
     a_missing_file_is_an_error_that_the_script_sees,
     a_result_comes_back,
 ]

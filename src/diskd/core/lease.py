@@ -20,6 +20,8 @@ from typing import Any, Final
 import attrs
 
 from daemonkit.diskd_api import Lease
+from diskd.core import ownership
+from diskd.core.ownership import Owner
 from diskd.core.sealed_line import seal, unseal
 from diskd.core.steps import Read, Replace, Script, Size
 from diskd.errors import Damaged, Fenced, Refused
@@ -29,6 +31,8 @@ HOLDER_CHARS_MAX: Final = 255
 LEASE_FILE: Final = "lease"
 LEASE_FILE_BYTES_MAX: Final = 4096
 _VERSION: Final = 1
+_LOST_HOLDER: Final = "lost"
+_REMEDY: Final = "if no run can still reach the image, open it with --lost-lease"
 
 
 @attrs.frozen
@@ -40,6 +44,7 @@ class LeaseState:
     released: bool = False
     prepared: int | None = None
     prepared_holder: str | None = None
+    sequence: int = 0  # counts the changes, so that an older copy of the file is known as one
 
     @property
     def is_free(self) -> bool:
@@ -174,9 +179,7 @@ def decode(data: bytes) -> LeaseState:
         if not _is_well_formed(state):
             raise ValueError("fields")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise Damaged(
-            f"the lease file is damaged ({error}): write one anew only if no older run can still reach it"
-        ) from error
+        raise Damaged(f"the lease file is damaged ({error}): {_REMEDY}") from error
     return state
 
 
@@ -194,6 +197,8 @@ def _is_well_formed(state: LeaseState) -> bool:
         and not (state.released and state.epoch == 0)
         and (state.prepared is None or is_epoch(state.prepared, state.epoch + 1))
         and is_holder(state.prepared_holder, present=state.prepared is not None)
+        and type(state.sequence) is int
+        and 0 <= state.sequence <= EPOCH_MAX
     )
 
 
@@ -207,9 +212,11 @@ def load() -> Script[LeaseState]:
     taking a lost one for "never leased" would let epochs go down."""
     size = yield Size(LEASE_FILE)
     if size is None:
-        raise Damaged("the lease file is missing")
+        raise Damaged(
+            "the lease file is missing: if no run can still reach the image, open it with --lost-lease"
+        )
     if size > LEASE_FILE_BYTES_MAX:
-        raise Damaged(f"the lease file is damaged: {size} bytes long")
+        raise Damaged(f"the lease file is damaged: {size} bytes long: {_REMEDY}")
     return decode((yield Read(LEASE_FILE, 0, LEASE_FILE_BYTES_MAX)))
 
 
@@ -220,5 +227,28 @@ def change(state: LeaseState, decision: Decision, epoch: int, holder: str) -> Sc
     """Decide, and make a new state durable before it is returned: nobody hears of it earlier (S1)."""
     new = decision(state, epoch, holder)
     if new is not state:
+        new = attrs.evolve(new, sequence=state.sequence + 1)
         yield from persist(new)
     return new
+
+
+def change_owned(
+    owner: Owner, state: LeaseState, decision: Decision, epoch: int, holder: str
+) -> Script[tuple[Owner, LeaseState]]:
+    """``change`` by the daemon that owns the image. The owner record goes last: so it never knows of a change
+    that the lease file may lack, and nobody hears of one by a daemon that has lost the image. Raises Lost."""
+    owner = yield from ownership.check(owner)
+    new = yield from change(state, decision, epoch, holder)
+    if new is not state:
+        owner = yield from ownership.note_lease(owner, new.sequence, new.epoch)
+    return owner, new
+
+
+def replace_lost(owner: Owner) -> Script[tuple[Owner, LeaseState]]:
+    """A lease in place of one that is lost, damaged or older than it should be: nobody's, at the highest
+    epoch that was ever answered. To be done on an operator's word only."""
+    epoch = owner.lease_epoch
+    holder = _LOST_HOLDER if epoch else None
+    state = LeaseState(epoch, holder, released=epoch > 0, sequence=owner.lease_sequence + 1)
+    yield from persist(state)
+    return (yield from ownership.note_lease(owner, state.sequence, epoch)), state

@@ -81,6 +81,15 @@ class Replace:
 
 
 @attrs.frozen
+class Create:
+    """A small file that does not exist yet, whole and durable, or FileExistsError: of several that try at
+    once, on one host or on several that share the storage, exactly one succeeds."""
+
+    file: str
+    data: bytes
+
+
+@attrs.frozen
 class Remove:
     """Unlink, durably; absent is fine."""
 
@@ -94,7 +103,14 @@ class Size:
     file: str
 
 
-Step: TypeAlias = Read | Write | Punch | Allocate | Truncate | Sync | Replace | Remove | Size
+@attrs.frozen
+class Names:
+    """Sent back: the names of all files that begin with ``file``, sorted."""
+
+    file: str
+
+
+Step: TypeAlias = Read | Write | Punch | Allocate | Truncate | Sync | Replace | Create | Remove | Size | Names
 Script: TypeAlias = Generator[Step, Any, T]
 
 

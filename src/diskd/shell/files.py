@@ -18,6 +18,8 @@ import trio
 from daemonkit import durable
 from diskd.core.steps import (
     Allocate,
+    Create,
+    Names,
     Punch,
     Read,
     Remove,
@@ -201,6 +203,10 @@ class Files:
             case Replace(name, data):
                 self._forget(name)
                 return durable.replace_file(self.directory / name, data)
+            case Create(name, data):
+                return durable.create_file(self.directory / name, data)
+            case Names(prefix):
+                return sorted(name for name in os.listdir(self.directory) if name.startswith(prefix))
             case Remove(name):
                 self._forget(name)
                 return durable.remove_file(self.directory / name)

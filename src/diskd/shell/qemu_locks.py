@@ -6,34 +6,24 @@ byte 200 + N for every permission that it does not share: N = 0 consistent read,
 nor resize with anybody.
 """
 
-import fcntl
-import os
-import struct
 from typing import Final
 
 from diskd.errors import Refused
+from diskd.shell import kernel_lock
 
-_FLOCK: Final = "hhqqi4x"  # struct flock: type, whence, start, length, pid
 _USED: Final = (100, 101, 102, 103)
 _NOT_SHARED: Final = (201, 203)
 # A conflict: somebody does not share what we use, or uses what we do not share.
 _CONFLICTS: Final = (200, 201, 202, 203, 101, 103)
 
 
-def _flock(kind: int, start: int) -> bytes:
-    return struct.pack(_FLOCK, kind, os.SEEK_SET, start, 1, 0)
-
-
 def lock(descriptor: int, name: str) -> None:
     """Hold the locks until the descriptor is closed. Raises Refused where another process conflicts."""
     for byte in (*_USED, *_NOT_SHARED):
-        try:
-            fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, _flock(fcntl.F_RDLCK, byte))
-        except (BlockingIOError, PermissionError):
-            raise _in_use(name) from None
+        if not kernel_lock.take(descriptor, byte, shared=True):
+            raise _in_use(name)
     for byte in _CONFLICTS:
-        answer = fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, _flock(fcntl.F_WRLCK, byte))
-        if struct.unpack(_FLOCK, answer)[0] != fcntl.F_UNLCK:
+        if not kernel_lock.is_free(descriptor, byte):
             raise _in_use(name)
 
 

@@ -17,6 +17,8 @@ import attrs
 
 from diskd.core.steps import (
     Allocate,
+    Create,
+    Names,
     Punch,
     Read,
     Remove,
@@ -127,7 +129,7 @@ class SimDisk:
                 raise Crashed
             self.crash_in -= 1
         self.steps += 1
-        if step.file in self._failed and not isinstance(step, Size | Replace | Remove):
+        if step.file in self._failed and not isinstance(step, Size | Replace | Create | Remove | Names):
             raise OSError(errno.EIO, "an earlier sync failed", step.file)
         number = self.fail_when(step)
         if number is not None:
@@ -157,6 +159,12 @@ class SimDisk:
                 file = self._files[name] = _File()
                 self._write(file, 0, data)
                 return file.synced()
+            case Create(name, data):
+                if name in self._files:
+                    raise FileExistsError(errno.EEXIST, "it exists", name)
+                return self._do(Replace(name, data))
+            case Names(prefix):
+                return [name for name in self.names() if name.startswith(prefix)]
             case Remove(name):
                 self._files.pop(name, None)
                 return None
@@ -242,6 +250,10 @@ class SimDisk:
         file = self._existing(name)
         self._write(file, offset, data)
         file.synced()
+
+    def size(self, name: str) -> int:
+        """Of an existing file, without a step."""
+        return self._existing(name).size
 
     def names(self) -> list[str]:
         """All files, sorted."""
