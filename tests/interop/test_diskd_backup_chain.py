@@ -118,7 +118,7 @@ async def test_refusals_are_one_line(tmp_path):
         assert "--full" in await daemon.refuses(*backup, "--since", "rp-" + "0" * 16)
         assert "resume" in await daemon.refuses(*backup, "--resume")
         assert "nowhere" in await daemon.refuses("backup", "--vm", "d", "--image", "nowhere", *to)
-        assert "not built yet" in await daemon.refuses("target", "audit", "d", *to)
+        assert "take a backup first" in await daemon.refuses("target", "audit", "d", *to)
         assert "point" in await daemon.refuses("target", "serve", "d", "p", "--nbd", "127.0.0.1:0", *to)
         assert "no VM" in await daemon.refuses("target", "verify", "d", *to)
         assert "no VM" in await daemon.refuses("target", "prune", "d", "--keep-last", "1", *to)

@@ -1,13 +1,15 @@
 """The calls of `diskd target`, and diskd's own export; both daemons and diskctl use the same definitions.
 
 ``EXPORT`` and ``RESTORE`` are stream methods (daemonkit.rpc): after the answer the connection carries an
-export stream, to the target or from it (docs/formats/export-stream.md).
+export stream, to the target or from it (docs/formats/export-stream.md). ``AUDIT`` is one too: questions and
+answers of core/audit.py. ``AUDIT_RUN`` and ``EXPORT_IMAGE`` are diskd's.
 """
 
 from typing import Final
 
 import attrs
 
+from daemonkit.diskd_api import BackupDisk
 from daemonkit.methods import Method
 from diskd.core.retention import Keep, Verdict
 from diskd.core.stream import ExportKind
@@ -158,6 +160,42 @@ class PruneReport:
 
 
 @attrs.frozen
+class AuditRequest:
+    """``disks``: none means those of the target's newest point of the VM. ``point``: the newest that both
+    sides hold, where it is None."""
+
+    vm: str
+    disks: list[BackupDisk]
+    target: str
+    point: str | None
+
+
+@attrs.frozen
+class AuditedDisk:
+    """``changed_bytes`` are those that the change map names: they differ rightly and were not compared.
+    ``places`` ([offset, length]) are the first of those that differ although the map does not name them."""
+
+    name: str
+    image: str
+    size_bytes: int
+    changed_bytes: int
+    compared_bytes: int
+    exact: bool
+    differing_bytes: int
+    places: list[list[int]]
+
+
+@attrs.frozen
+class AuditReport:
+    """Everything outside the changes since ``point``, compared."""
+
+    vm: str
+    point: str
+    seconds: float
+    disks: list[AuditedDisk]
+
+
+@attrs.frozen
 class ExportRequest:
     """One image of a diskd, in full or since a point, to the caller."""
 
@@ -172,6 +210,8 @@ VERIFY: Final = Method("target.verify", PointFilter, VerifyReport)
 SYNTHESIZE: Final = Method("target.synthesize", PointName, SynthesizeReport)
 PRUNE: Final = Method("target.prune", PruneRequest, PruneReport)
 SERVE: Final = Method("target.serve", ServeRequest, Nothing)
+AUDIT: Final = Method("target.audit", PointName, Nothing)
 EXPORT: Final = Method("target.export", Nothing, Nothing)
 RESTORE: Final = Method("target.restore", PointName, Nothing)
 EXPORT_IMAGE: Final = Method("export.image", ExportRequest, Nothing)
+AUDIT_RUN: Final = Method("audit.run", AuditRequest, AuditReport)

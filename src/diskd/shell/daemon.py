@@ -22,6 +22,7 @@ from daemonkit.cli import announce_ready
 from daemonkit.ports import Address
 from daemonkit.rpc import Registry, serve
 from diskd.config import Settings
+from diskd.shell.audit import register_audit
 from diskd.shell.backup import register_backup
 from diskd.shell.control import Control, Listening
 from diskd.shell.library import Library, open_library
@@ -86,6 +87,7 @@ async def _serve(
             registry = Registry()
             Control(library, server, listening).register(registry)
             register_backup(registry, library, key=keys[0] if keys else None)
+            register_audit(registry, library, key=keys[0] if keys else None)
             register_restore(registry, library, key=keys[0] if keys else None)
             control = await listeners.start(partial(serve, registry, listen.control, keys=keys))
             announce_ready(control=str(control), nbd=listening.nbd, nbd_socket=listening.nbd_socket)

@@ -54,6 +54,7 @@ from diskd.errors import Refused
 from diskd.shell.chain_view import OpenPoint
 from diskd.shell.incoming import Incoming, Uncertain
 from diskd.shell.nbd_server import NbdServer
+from diskd.shell.point_audit import answer_audit
 from diskd.shell.point_export import PointCatalog
 from diskd.shell.repository import Repository, full_of, open_repository
 
@@ -140,6 +141,7 @@ class Target:
         registry.add(calls.SERVE, self._serve)
         registry.add_stream(calls.EXPORT, self._receive)
         registry.add_stream(calls.RESTORE, self._restore)
+        registry.add_stream(calls.AUDIT, self._audit)
 
     async def _thread(self, function: Callable[..., T], *args: Any) -> T:
         return await trio.to_thread.run_sync(function, *args, limiter=self._threads)
@@ -371,6 +373,10 @@ class Target:
             while part := await self._thread(_next_part, encoder, frames):
                 await _send_bytes(stream, part)
             await _send_bytes(stream, encoder.finish())
+
+    async def _audit(self, params: calls.PointName, _peer: str, stream: trio.abc.Stream) -> None:
+        async with self._reading:
+            await answer_audit(self._opened(params.vm, params.point), stream, self._thread)
 
     async def _serve(self, request: calls.ServeRequest, call: Call) -> calls.Nothing:
         """Until the caller goes, which cancels this; the NBD connections end with it."""
