@@ -21,6 +21,7 @@ sends ends anything but its own connection.
 import contextlib
 import hashlib
 import hmac
+import os
 import secrets
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -114,8 +115,8 @@ def _mac(key: bytes, nonce: bytes) -> bytes:
     return hashlib.blake2b(nonce, key=hashlib.blake2b(key).digest()[:32], digest_size=32).digest()
 
 
-class _HandedOver(trio.abc.Stream):
-    """A stream that has been read a little too far."""
+class HandedOver(trio.abc.Stream):
+    """A connection that another protocol has taken over; it has been read a little too far."""
 
     def __init__(self, stream: trio.abc.Stream, rest: bytes) -> None:
         self._stream = stream
@@ -128,6 +129,18 @@ class _HandedOver(trio.abc.Stream):
         size = len(self._rest) if max_bytes is None else max_bytes
         data, self._rest = self._rest[:size], self._rest[size:]
         return data
+
+    def take_rest(self) -> bytes:
+        """What has been read already, for whoever reads on past this object."""
+        rest, self._rest = self._rest, b""
+        return rest
+
+    def duplicate(self) -> socket.socket:
+        """A socket of its own for the same connection, for a worker thread that moves bulk data in one
+        direction while the loop goes on with the other. Whoever asked closes it."""
+        if not isinstance(self._stream, trio.SocketStream):
+            raise InvariantBroken("only a socket can be handed to a thread")
+        return socket.socket(fileno=os.dup(self._stream.socket.fileno()))
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         await self._stream.send_all(data)
@@ -170,7 +183,7 @@ class _Connection:
             # trio wakes a sender up for every 16 KiB, which suits a conversation. This carries bulk data.
             with contextlib.suppress(OSError):
                 self._stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _BULK_BYTES)
-        return _HandedOver(self._stream, self._reader.take_rest())
+        return HandedOver(self._stream, self._reader.take_rest())
 
     async def wait_gone(self) -> None:
         """Return when the peer closes its side. Speaking out of turn is a protocol error."""

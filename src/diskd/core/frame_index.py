@@ -8,21 +8,15 @@ frame from that point's own file, compare, take the part that is wanted.
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import Final, TypeAlias
 
 import attrs
 import numpy as np
 import numpy.typing as npt
-from blake3 import blake3
 
-from daemonkit.units import SIZE_BYTES_MAX
 from diskd.core.stream import (
-    DATA_BYTES_MAX,
-    DIGEST_BYTES,
     FRAME,
     HEADER_BYTES_MAX,
     PREFIX,
-    SECTOR_BYTES,
     ExportHeader,
     FrameHeader,
     FrameKind,
@@ -31,21 +25,8 @@ from diskd.core.stream import (
     StreamError,
     Trailer,
 )
+from diskd.core.stream_frames import ROW, FrameOrder, Rows
 from diskd.errors import Damaged
-
-# A frame of the stream (stream.FRAME) as numpy sees it: an index of millions of frames is parsed at once.
-_ROW: Final = np.dtype(
-    [
-        ("kind", "u1"),
-        ("reserved", "u1"),
-        ("disk", ">u2"),
-        ("number", ">u4"),
-        ("offset", ">u8"),
-        ("length", ">u8"),
-        ("digest", "u1", (DIGEST_BYTES,)),
-    ]
-)
-Rows: TypeAlias = npt.NDArray[np.void]
 
 
 @attrs.frozen(eq=False)
@@ -103,48 +84,22 @@ def parse_index(data: bytes) -> Index:
     start = len(decoder.opening)
     if not isinstance(header, ExportHeader) or (len(data) - start) % FRAME.size or len(data) == start:
         raise _damaged("it is not complete")
-    rows = np.frombuffer(data, dtype=_ROW, offset=start)
+    rows = np.frombuffer(data, dtype=ROW, offset=start)
     frames = rows[:-1]
-    _check_frames(header, frames)
-    bounds = np.searchsorted(frames["disk"], np.arange(len(header.disks) + 1))
-    places = (start + bounds * FRAME.size).tolist()
-    trailer = Trailer(
-        len(frames),
-        int(frames["length"][frames["kind"] == FrameKind.DATA].sum()),
-        blake3(memoryview(data)[: places[-1]]).digest(),
-        [blake3(memoryview(data)[one:two]).digest() for one, two in pairwise(places)],
-    )
-    if data[places[-1] :] != trailer.pack():
+    order = FrameOrder(decoder.opening, [disk.size_bytes for disk in header.disks])
+    try:
+        order.take_rows(data[start : len(data) - FRAME.size])
+    except StreamError as error:
+        raise _damaged(str(error)) from error
+    trailer = order.trailer()
+    if data[len(data) - FRAME.size :] != trailer.pack():
         raise _damaged("the whole digest does not match")
+    bounds = np.searchsorted(frames["disk"], np.arange(len(header.disks) + 1))
     parts = [
         _frames_of(disk.size_bytes, frames[one:two])
         for disk, (one, two) in zip(header.disks, pairwise(bounds.tolist()), strict=True)
     ]
     return Index(header, trailer, dict(zip([disk.name for disk in header.disks], parts, strict=True)))
-
-
-def _check_frames(header: ExportHeader, frames: Rows) -> None:
-    disks = frames["disk"].astype(np.int64)
-    if (disks >= len(header.disks)).any() or (np.diff(disks) < 0).any():
-        raise _damaged("its disks are out of order")
-    if max(frames["offset"].max(initial=0), frames["length"].max(initial=0)) > SIZE_BYTES_MAX:
-        raise _damaged("a range is outside its disk")
-    offsets, lengths = frames["offset"].astype(np.int64), frames["length"].astype(np.int64)
-    ends = offsets + lengths
-    sizes = np.array([disk.size_bytes for disk in header.disks], dtype=np.int64)
-    is_data = frames["kind"] == FrameKind.DATA
-    facts = [
-        (frames["number"] == np.arange(len(frames))).all(),
-        not frames["reserved"].any(),
-        np.isin(frames["kind"], (FrameKind.DATA, FrameKind.ZERO, FrameKind.HOLE)).all(),
-        (lengths > 0).all() and (ends <= sizes[disks]).all(),
-        not (offsets % SECTOR_BYTES).any() and not (lengths % SECTOR_BYTES).any(),
-        ((np.diff(disks) > 0) | (offsets[1:] >= ends[:-1])).all(),
-        (lengths[is_data] <= DATA_BYTES_MAX).all(),
-        not frames["digest"][~is_data].any(),
-    ]
-    if not all(facts):
-        raise _damaged("its frames are out of order or out of bounds")
 
 
 def _frames_of(size_bytes: int, frames: Rows) -> DiskFrames:

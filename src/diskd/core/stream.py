@@ -19,8 +19,7 @@ a window of bytes that may be on their way.
 """
 
 import struct
-from enum import IntEnum
-from typing import Any, Final, Literal, NoReturn, TypeAlias
+from typing import Any, Final, Literal, TypeAlias
 
 import attrs
 from blake3 import blake3
@@ -30,42 +29,35 @@ from daemonkit.errors import OperatorError, ProtocolError
 from daemonkit.schema import structure, unstructure
 from daemonkit.units import SIZE_BYTES_MAX, KiB, MiB
 from diskd.core.inventory import CONFIG_BYTES_MAX, DISKS_MAX, NAME_PATTERN, POINT_PATTERN
+from diskd.core.stream_frames import DATA_BYTES_MAX as DATA_BYTES_MAX
+from diskd.core.stream_frames import DIGEST_BYTES as DIGEST_BYTES
+from diskd.core.stream_frames import FRAME as FRAME
+from diskd.core.stream_frames import NO_DIGEST as NO_DIGEST
+from diskd.core.stream_frames import SECTOR_BYTES as SECTOR_BYTES
+from diskd.core.stream_frames import FrameBatch as FrameBatch
+from diskd.core.stream_frames import FrameHeader as FrameHeader
+from diskd.core.stream_frames import FrameKind as FrameKind
+from diskd.core.stream_frames import FrameOrder as FrameOrder
+from diskd.core.stream_frames import Rows as Rows
+from diskd.core.stream_frames import StreamError as StreamError
+from diskd.core.stream_frames import Trailer as Trailer
+from diskd.core.stream_frames import mismatch as mismatch
+from diskd.core.stream_frames import refuse as refuse
+from diskd.core.stream_frames import scan as scan
 
 MAGIC: Final = b"HFEXPORT"
 VERSION: Final = 1
 PREFIX: Final = struct.Struct(">8sII")
-FRAME: Final = struct.Struct(">BBHIQQ32s")
-DIGEST_BYTES: Final = 32
-NO_DIGEST: Final = bytes(DIGEST_BYTES)
 
-# A frame is what is read, digested, sent and verified at once; larger ones gain nothing (measured: 1 MiB).
-DATA_BYTES_MAX: Final = 1 * MiB
 HEADER_BYTES_MAX: Final = 1 * MiB
 TEXT_BYTES_MAX: Final = 4 * KiB
-FRAMES_MAX: Final = 1 << 32
 REPLY_BYTES_MAX: Final = 64 * KiB
-# Sectors of QEMU's block layer: every size and every frame edge but an image's end is a multiple.
-SECTOR_BYTES: Final = 512
 
 ExportKind: TypeAlias = Literal["full", "differential"]
 
 
-class StreamError(ProtocolError):
-    """The stream is not what this format allows; nothing of it may be kept."""
-
-
 class StreamAborted(OperatorError):
     """The sender gave up in the middle, and said why."""
-
-
-class FrameKind(IntEnum):
-    """What a frame says of its range. Zero reads as zeroes and was allocated; a hole was not."""
-
-    DATA = 1
-    ZERO = 2
-    HOLE = 3
-    END = 255
-    ABORT = 254
 
 
 @attrs.frozen
@@ -97,27 +89,6 @@ class ExportHeader:
 
 
 @attrs.frozen
-class FrameHeader:
-    """``number`` counts all frames of the stream from 0."""
-
-    kind: FrameKind
-    disk: int
-    number: int
-    offset: int
-    length: int
-    digest: bytes
-
-    def pack(self) -> bytes:
-        """The 56 bytes."""
-        return FRAME.pack(self.kind, 0, self.disk, self.number, self.offset, self.length, self.digest)
-
-    @property
-    def end(self) -> int:
-        """The first byte behind the range."""
-        return self.offset + self.length
-
-
-@attrs.frozen
 class Frame:
     """A frame as received; ``data`` is empty unless its kind is data."""
 
@@ -127,23 +98,7 @@ class Frame:
     def check(self) -> None:
         """Raises StreamError unless the payload is what the source digested (B4)."""
         if self.header.kind is FrameKind.DATA and blake3(self.data).digest() != self.header.digest:
-            raise StreamError(
-                f"frame {self.header.number}: the data at {self.header.offset} does not match its digest"
-            )
-
-
-@attrs.frozen
-class Trailer:
-    """The stream is complete: ``digest`` is the whole digest, ``disk_digests`` one per disk."""
-
-    frames: int
-    data_bytes: int
-    digest: bytes
-    disk_digests: list[bytes]
-
-    def pack(self) -> bytes:
-        """The 56 bytes."""
-        return FRAME.pack(FrameKind.END, 0, 0, self.frames, self.data_bytes, 0, self.digest)
+            raise mismatch(self.header.number, self.header.offset)
 
 
 def is_point(text: str) -> bool:
@@ -154,72 +109,24 @@ def is_point(text: str) -> bool:
 def check_header(header: ExportHeader) -> None:
     """Raises StreamError for what no export of ours says: names become paths, so they are checked here."""
     if not NAME_PATTERN.fullmatch(header.vm):
-        _refuse(f"{header.vm[:80]!r} is not a VM's name")
+        refuse(f"{header.vm[:80]!r} is not a VM's name")
     if not is_point(header.point) or (header.base is not None and not is_point(header.base)):
-        _refuse("a point is rp- and 16 hex digits")
+        refuse("a point is rp- and 16 hex digits")
     if (header.kind == "full") != (header.base is None) or header.base == header.point:
-        _refuse("a full has no base, a differential has another point")
+        refuse("a full has no base, a differential has another point")
     if len(header.config.encode("utf-8", "replace")) > CONFIG_BYTES_MAX or len(header.consistency) > 64:
-        _refuse("the configuration is too long")
+        refuse("the configuration is too long")
     if not 0 < len(header.disks) <= DISKS_MAX:
-        _refuse(f"a VM has 1 to {DISKS_MAX} disks, this one {len(header.disks)}")
+        refuse(f"a VM has 1 to {DISKS_MAX} disks, this one {len(header.disks)}")
     if len({disk.name for disk in header.disks}) != len(header.disks):
-        _refuse("two disks have one name")
+        refuse("two disks have one name")
     for disk in header.disks:
         if not NAME_PATTERN.fullmatch(disk.name) or not NAME_PATTERN.fullmatch(disk.image):
-            _refuse(f"{disk.name[:80]!r} is not a disk's name")
+            refuse(f"{disk.name[:80]!r} is not a disk's name")
         if not 0 < disk.size_bytes <= SIZE_BYTES_MAX or disk.size_bytes % SECTOR_BYTES:
-            _refuse(
-                f"disk {disk.name}: a size of {disk.size_bytes} bytes is not a multiple of {SECTOR_BYTES}"
-            )
+            refuse(f"disk {disk.name}: a size of {disk.size_bytes} bytes is not a multiple of {SECTOR_BYTES}")
         if min(disk.block_bytes, disk.cluster_bytes, disk.changed_bytes + 1, disk.over_report_bytes + 1) <= 0:
-            _refuse(f"disk {disk.name}: negative numbers")
-
-
-def _refuse(text: str) -> NoReturn:
-    raise StreamError(text)
-
-
-class _Order:
-    """The rules that make a sequence of frame headers one export; shared by every reader and writer."""
-
-    def __init__(self, opening: bytes, header: ExportHeader) -> None:
-        self.header = header
-        self.frames = 0
-        self.data_bytes = 0
-        self._disk = 0
-        self._end = 0
-        self._whole = blake3(opening)
-        self._disks = [blake3() for _ in header.disks]
-
-    def take(self, packed: bytes | memoryview, frame: FrameHeader) -> None:
-        """Account for one frame. Raises StreamError."""
-        if frame.number != self.frames or self.frames >= FRAMES_MAX - 1:
-            _refuse(f"frame {frame.number} came where {self.frames} was due")
-        if not self._disk <= frame.disk < len(self.header.disks):
-            _refuse(f"frame {frame.number}: disk {frame.disk} is out of order")
-        if frame.disk != self._disk:
-            self._disk, self._end = frame.disk, 0
-        size = self.header.disks[frame.disk].size_bytes
-        if frame.offset < self._end or frame.length <= 0 or frame.end > size:
-            _refuse(f"frame {frame.number}: its range is out of order or outside the disk")
-        if frame.offset % SECTOR_BYTES or frame.length % SECTOR_BYTES:
-            _refuse(f"frame {frame.number}: its range is not in whole sectors")
-        if frame.kind is FrameKind.DATA:
-            if frame.length > DATA_BYTES_MAX:
-                _refuse(f"frame {frame.number}: {frame.length} bytes of data are too many")
-            self.data_bytes += frame.length
-        elif frame.digest != NO_DIGEST:
-            _refuse(f"frame {frame.number}: a range without data has no digest")
-        self._end = frame.end
-        self.frames += 1
-        self._whole.update(packed)
-        self._disks[frame.disk].update(packed)
-
-    def trailer(self) -> Trailer:
-        return Trailer(
-            self.frames, self.data_bytes, self._whole.digest(), [disk.digest() for disk in self._disks]
-        )
+            refuse(f"disk {disk.name}: negative numbers")
 
 
 class StreamEncoder:
@@ -230,9 +137,9 @@ class StreamEncoder:
         check_header(header)
         body = encode(unstructure(header))
         if len(body) > HEADER_BYTES_MAX:
-            _refuse("the header is too long")
+            refuse("the header is too long")
         self.opening: Final = PREFIX.pack(MAGIC, VERSION, len(body)) + body
-        self._order = _Order(self.opening, header)
+        self._order = FrameOrder(self.opening, [disk.size_bytes for disk in header.disks])
 
     @property
     def data_bytes(self) -> int:
@@ -251,6 +158,11 @@ class StreamEncoder:
         packed = header.pack()
         self._order.take(packed, header)
         return packed
+
+    def take_rows(self, packed: bytes) -> None:
+        """Account for headers that the caller has packed itself, numbered from ``frames``. Raises StreamError
+        where they are no export: our own plan, or a receiver's memory of it, is wrong."""
+        self._order.take_rows(packed)
 
     def finish(self) -> bytes:
         """The trailer."""
@@ -278,7 +190,7 @@ class StreamDecoder:
         self._buffer = bytearray()
         self._taken = 0
         self._payloads = payloads
-        self._order: _Order | None = None
+        self._order: FrameOrder | None = None
         self._frame: FrameHeader | None = None
         self._complete = False
         self.opening = b""
@@ -291,7 +203,7 @@ class StreamDecoder:
     def feed(self, data: bytes | bytearray | memoryview) -> None:
         """Raises StreamError for bytes behind the trailer."""
         if self._complete and data:
-            _refuse("bytes behind the end of the stream")
+            refuse("bytes behind the end of the stream")
         if self._taken:
             del self._buffer[: self._taken]
             self._taken = 0
@@ -300,7 +212,7 @@ class StreamDecoder:
     def finish(self) -> None:
         """The stream has ended. Raises StreamError unless it was complete."""
         if not self._complete:
-            _refuse("the stream ends before its trailer: it is not complete")
+            refuse("the stream ends before its trailer: it is not complete")
 
     def next_event(self) -> ExportHeader | Frame | Trailer | None:
         """Raises StreamError, or StreamAborted with the sender's reason."""
@@ -327,6 +239,22 @@ class StreamDecoder:
             raise StreamAborted(data.decode("utf-8", "replace"))
         return Frame(frame, data)
 
+    def take_rest(self) -> bytes:
+        """What was fed and not yet taken, for whoever goes on with ``batch``."""
+        if self._frame is not None:
+            refuse("a frame is half taken")
+        rest = bytes(memoryview(self._buffer)[self._taken :])
+        self._buffer, self._taken = bytearray(), 0
+        return rest
+
+    def batch(self, view: memoryview) -> tuple[FrameBatch, Rows]:
+        """The whole frames at the beginning of a caller's own buffer, without copying them. What is there
+        instead of a frame (trailer, abort) is left to ``feed`` and ``next_event``. Raises StreamError."""
+        if self._order is None or self._frame is not None or len(self._buffer) > self._taken:
+            refuse("the header comes first")
+        found = scan(view)
+        return found, self._order.take_rows(found.packed)
+
     def _opening(self) -> ExportHeader | None:
         if self._buffer[:1] == bytes([FrameKind.ABORT]):
             self._abort_at_once()
@@ -334,16 +262,16 @@ class StreamDecoder:
         view = memoryview(self._buffer)
         if len(view) < PREFIX.size:
             if not MAGIC.startswith(bytes(view[: len(MAGIC)])):
-                _refuse("this is not an export stream")
+                refuse("this is not an export stream")
             view.release()
             return None
         magic, version, length = PREFIX.unpack_from(view)
         if magic != MAGIC:
-            _refuse("this is not an export stream")
+            refuse("this is not an export stream")
         if version != VERSION:
-            _refuse(f"export stream version {version} is not known here, only {VERSION}")
+            refuse(f"export stream version {version} is not known here, only {VERSION}")
         if length > HEADER_BYTES_MAX:
-            _refuse(f"a header of {length} bytes is too long")
+            refuse(f"a header of {length} bytes is too long")
         view.release()
         opening = self._take(PREFIX.size + length)
         if opening is None:
@@ -354,7 +282,7 @@ class StreamDecoder:
             raise StreamError(str(error)) from error
         check_header(header)
         self.opening = opening
-        self._order = _Order(opening, header)
+        self._order = FrameOrder(opening, [disk.size_bytes for disk in header.disks])
         return header
 
     def _abort_at_once(self) -> None:
@@ -363,30 +291,30 @@ class StreamDecoder:
             return
         length = FRAME.unpack_from(self._buffer)[5]
         if length > TEXT_BYTES_MAX:
-            _refuse("the reason for giving up is too long")
+            refuse("the reason for giving up is too long")
         if len(self._buffer) >= FRAME.size + length:
             raise StreamAborted(self._buffer[FRAME.size : FRAME.size + length].decode("utf-8", "replace"))
 
-    def _frame_header(self, order: _Order, packed: bytes) -> FrameHeader | Trailer:
+    def _frame_header(self, order: FrameOrder, packed: bytes) -> FrameHeader | Trailer:
         number, reserved, disk, sequence, offset, length, digest = FRAME.unpack(packed)
         try:
             kind = FrameKind(number)
         except ValueError:
-            _refuse(f"frame {order.frames}: unknown kind {number}")
+            refuse(f"frame {order.frames}: unknown kind {number}")
         if reserved:
-            _refuse(f"frame {order.frames}: reserved bits are set")
+            refuse(f"frame {order.frames}: reserved bits are set")
         if kind is FrameKind.END:
             end = order.trailer()
             if (disk, sequence, offset, length, digest) != (0, end.frames, end.data_bytes, 0, end.digest):
-                _refuse("the whole digest does not match: the stream was damaged on its way")
+                refuse("the whole digest does not match: the stream was damaged on its way")
             self._complete = True
             if len(self._buffer) > self._taken:
-                _refuse("bytes behind the end of the stream")
+                refuse("bytes behind the end of the stream")
             return end
         header = FrameHeader(kind, disk, sequence, offset, length, digest)
         if kind is FrameKind.ABORT:
             if length > TEXT_BYTES_MAX:
-                _refuse("the reason for giving up is too long")
+                refuse("the reason for giving up is too long")
             return header
         order.take(packed, header)
         return header
@@ -460,7 +388,7 @@ def decode_reply(payload: bytes) -> Reply:
     except ProtocolError as error:
         raise StreamError(str(error)) from error
     if not isinstance(message, list) or len(message) != 2 or message[0] not in _REPLIES:
-        _refuse("the receiver answered in an unknown form")
+        refuse("the receiver answered in an unknown form")
     try:
         reply: Reply = structure(_REPLIES[message[0]], message[1], where=message[0])
     except OperatorError as error:

@@ -8,10 +8,11 @@ Nothing here runs in the guest's path: a slow or dead receiver only makes the ex
 import contextlib
 from collections import deque
 from collections.abc import Iterator, Mapping
-from typing import Final
+from typing import Final, NoReturn
 
 import attrs
 import trio
+from blake3 import blake3
 
 from daemonkit.errors import OperatorError
 from daemonkit.frames import FrameReader
@@ -22,6 +23,7 @@ from diskd.core.qcow2 import FULL_CLUSTER_BYTES, choose_cluster_bytes
 from diskd.core.stream import (
     DATA_BYTES_MAX,
     FRAME,
+    NO_DIGEST,
     REPLY_BYTES_MAX,
     Ack,
     Committed,
@@ -38,10 +40,11 @@ from diskd.core.stream import (
     decode_reply,
 )
 from diskd.errors import Refused
+from diskd.shell.bulk import BulkSocket
 
 BUFFERS: Final = 3
-# One largest frame with its header, and room for many small ones behind it.
-BUFFER_BYTES: Final = DATA_BYTES_MAX + 256 * KiB
+# Several of the largest frames: what it costs to hand a buffer from thread to thread is shared by them.
+BUFFER_BYTES: Final = 4 * (DATA_BYTES_MAX + 16 * KiB)
 # The receiver gives a sign of life every two seconds, whatever it is busy with.
 SILENCE_SECONDS_MAX: Final = 30.0
 LAST_WORDS_SECONDS: Final = 2.0
@@ -128,23 +131,25 @@ class Producer:
         if self._next is None:
             return None
         view = memoryview(buffer)
-        used = 0
+        used, number = 0, self._encoder.frames
+        packed: list[memoryview] = []
         while self._next is not None:
-            number, run = self._next
-            length = run.length if run.kind is FrameKind.DATA else 0
-            if used + FRAME.size + length > len(buffer):
+            disk, run = self._next
+            begin = used + FRAME.size
+            end = begin + run.length if run.kind is FrameKind.DATA else begin
+            if end > len(buffer):
                 break
-            data = view[used + FRAME.size : used + FRAME.size + length]
-            payload = None
-            if run.kind is FrameKind.DATA:
-                self._prepared.disks[number].read_into_blocking(run.offset, data)
-                payload = data
-            view[used : used + FRAME.size] = self._encoder.frame(
-                run.kind, number, run.offset, run.length, payload
-            )
-            used += FRAME.size + length
+            digest = NO_DIGEST
+            if end > begin:
+                data = view[begin:end]
+                self._prepared.disks[disk].read_into_blocking(run.offset, data)
+                digest = blake3(data).digest()
+            FRAME.pack_into(view, used, run.kind, 0, disk, number, run.offset, run.length, digest)
+            packed.append(view[used:begin])
+            used, number = end, number + 1
             self._next = next(self._frames, None)
-        return Batch(buffer, used, self._encoder.frames)
+        self._encoder.take_rows(b"".join(packed))
+        return Batch(buffer, used, number)
 
 
 class ReplyReader:
@@ -185,7 +190,8 @@ class ExportSession:
             raise Refused(f"{prepared.header.vm} cannot be exported: {error}") from error
         # B3: once the trailer may have left, only the receiver knows whether the point exists.
         self.may_have_committed = False
-        self._threads = trio.CapacityLimiter(1)
+        # One thread reads and digests, one sends.
+        self._threads = trio.CapacityLimiter(2)
         self._window = 0
         self._unacked: deque[tuple[int, int]] = deque()
         self._unacked_bytes = 0
@@ -251,12 +257,12 @@ class ExportSession:
 
         async with trio.open_nursery() as nursery, free_send, free:
             nursery.start_soon(produce)
-            async with full:
+            with BulkSocket(stream) as bulk:
                 async for batch in full:
                     await self._wait_for_window(batch.used)
                     self._unacked.append((batch.frames, batch.used))
                     self._unacked_bytes += batch.used
-                    await self._send(stream, memoryview(batch.buffer)[: batch.used])
+                    await self._send_bulk(bulk, memoryview(batch.buffer)[: batch.used])
                     with contextlib.suppress(trio.BrokenResourceError):
                         free_send.send_nowait(batch.buffer)
 
@@ -285,12 +291,19 @@ class ExportSession:
         async with self._moved:
             self._moved.notify_all()
 
-    async def _send(self, stream: trio.abc.Stream, data: bytes | memoryview) -> None:
-        try:
+    async def _send(self, stream: trio.abc.Stream, data: bytes) -> None:
+        with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
             await stream.send_all(data)
             return
-        except (trio.BrokenResourceError, trio.ClosedResourceError):
-            pass
+        await self._lost()
+
+    async def _send_bulk(self, bulk: BulkSocket, data: memoryview) -> None:
+        with contextlib.suppress(OSError):
+            await trio.to_thread.run_sync(bulk.send_blocking, data, limiter=self._threads)
+            return
+        await self._lost()
+
+    async def _lost(self) -> NoReturn:
         # Its last words may already be here; the listener raises them.
         await trio.sleep(LAST_WORDS_SECONDS)
         raise TargetLost("the connection to the target broke")

@@ -21,7 +21,7 @@ import attrs
 from blake3 import blake3
 
 from daemonkit.errors import HoldfastError
-from daemonkit.units import MiB
+from daemonkit.units import KiB, MiB
 from diskd.core.catalog import (
     CONFIG,
     INDEX,
@@ -35,7 +35,7 @@ from diskd.core.catalog import (
 )
 from diskd.core.qcow2 import FULL_CLUSTER_BYTES
 from diskd.core.qcow2_writer import Qcow2Writer
-from diskd.core.stream import ExportHeader, Frame, FrameKind, Trailer
+from diskd.core.stream import ExportHeader, Frame, FrameBatch, FrameKind, Rows, Trailer
 from diskd.errors import Damaged
 from diskd.shell.chain_view import OpenPoint, open_point
 from diskd.shell.repository_files import RepositoryFiles, digest_file
@@ -43,6 +43,8 @@ from diskd.shell.verify import Poll, Stop, verify_content
 
 # Dirty pages go to the disk in such portions while more is received, so that the final sync is short.
 WRITEBACK_BYTES: Final = 16 * MiB
+# Smaller writes are gathered as long as they follow one another.
+STAGED_BYTES: Final = 256 * KiB
 _INDEX_BUFFER_BYTES: Final = 1 * MiB
 
 
@@ -78,6 +80,8 @@ class Incoming:
         self._descriptor = -1
         self._writer: Qcow2Writer | None = None
         self._data_bytes = [0] * len(header.disks)
+        self._staged = bytearray()
+        self._staged_offset = 0
         self._index = -1
         self._index_buffer = bytearray(opening)
         self._index_bytes = 0
@@ -108,6 +112,25 @@ class Incoming:
         if len(self._index_buffer) >= _INDEX_BUFFER_BYTES:
             self._flush_index()
         self.taken += 1
+
+    def batch(self, batch: FrameBatch, rows: Rows) -> None:
+        """Write many frames, whose data has been verified (FrameBatch.check_data). Raises as ``frame``."""
+        disks, kinds = rows["disk"].tolist(), rows["kind"].tolist()
+        offsets, lengths = rows["offset"].tolist(), rows["length"].tolist()
+        for number, (disk, kind) in enumerate(zip(disks, kinds, strict=True)):
+            while self._disk < disk:
+                self._next_disk()
+            assert self._writer is not None
+            length = lengths[number]
+            if kind == FrameKind.DATA:
+                self._writer.data(offsets[number], batch.payload(number, length))
+                self._data_bytes[disk] += length
+            else:
+                self._writer.zero(offsets[number], length)
+        self._index_buffer += batch.packed
+        if len(self._index_buffer) >= _INDEX_BUFFER_BYTES:
+            self._flush_index()
+        self.taken += len(batch)
 
     def commit(self, trailer: Trailer, *, source_digest: str, committed_at: str, poll: Poll) -> Manifest:
         """Verify everything and make the point visible and durable. Raises Damaged, OSError."""
@@ -177,12 +200,33 @@ class Incoming:
     def _finish_disk(self) -> None:
         assert self._writer is not None
         size = self._writer.finish()
+        self._flush_staged()
         self._files.set_size(self._descriptor, size)
         self._written.append((self._descriptor, size))
         self._writer = None
 
     def _write(self, descriptor: int, offset: int, data: bytes | memoryview) -> None:
-        self._files.write(descriptor, offset, data)
+        # The clusters of a scattered differential follow one another in the file: written one by one they
+        # would cost a system call each.
+        end = self._staged_offset + len(self._staged)
+        if len(data) >= STAGED_BYTES or (self._staged and offset != end):
+            self._flush_staged()
+        if len(data) >= STAGED_BYTES:
+            self._write_now(descriptor, offset, data)
+            return
+        if not self._staged:
+            self._staged_offset = offset
+        self._staged += data
+        if len(self._staged) >= STAGED_BYTES:
+            self._flush_staged()
+
+    def _flush_staged(self) -> None:
+        if self._staged:
+            self._write_now(self._descriptor, self._staged_offset, self._staged)
+            self._staged = bytearray()
+
+    def _write_now(self, descriptor: int, offset: int, data: bytes | bytearray | memoryview) -> None:
+        self._files.write(descriptor, offset, memoryview(data))
         # The writer allocates in ascending order: what lies behind is not touched again, but for its header.
         end = offset + len(data)
         if end - self._writing_back >= WRITEBACK_BYTES:

@@ -51,11 +51,12 @@ from diskd.core.stream import (
     encode_reply,
 )
 from diskd.errors import Refused
+from diskd.shell.bulk import BulkSocket
 from diskd.shell.chain_view import OpenPoint
 from diskd.shell.incoming import Incoming, Uncertain
 from diskd.shell.nbd_server import NbdServer
-from diskd.shell.point_audit import answer_audit
 from diskd.shell.point_export import PointCatalog
+from diskd.shell.receiving import FrameReceiver, receive_frames
 from diskd.shell.repository import Repository, full_of, open_repository
 
 T = TypeVar("T")
@@ -73,7 +74,6 @@ WORKING_SECONDS: Final = 2.0
 SEND_SECONDS_MAX: Final = 30.0
 CLEAN_UP_SECONDS_MAX: Final = 60.0
 _RECEIVE_BYTES: Final = 1 << 20
-_BATCH_FRAMES: Final = 16
 
 # What may end one export without being our defect.
 _EXPECTED: Final = (
@@ -124,7 +124,7 @@ class Target:
 
     def __init__(self, repository: Repository) -> None:
         self._repository = repository
-        self._threads = trio.CapacityLimiter(RECEIVING_MAX + READING_MAX + _ANSWERING)
+        self._threads = trio.CapacityLimiter(2 * RECEIVING_MAX + READING_MAX + _ANSWERING)
         self._receiving: dict[str, _Receiving] = {}
         self._readers: Counter[str] = Counter()
         self._slots = trio.Semaphore(RECEIVING_MAX)
@@ -141,7 +141,6 @@ class Target:
         registry.add(calls.SERVE, self._serve)
         registry.add_stream(calls.EXPORT, self._receive)
         registry.add_stream(calls.RESTORE, self._restore)
-        registry.add_stream(calls.AUDIT, self._audit)
 
     async def _thread(self, function: Callable[..., T], *args: Any) -> T:
         return await trio.to_thread.run_sync(function, *args, limiter=self._threads)
@@ -300,40 +299,19 @@ class Target:
         return manifest
 
     async def _take_frames(self, source: "_Source", incoming: Incoming) -> Trailer:
-        """Receive and write side by side; the window and the channel bound what is in memory."""
-        trailers: list[Trailer] = []
-        send, receive = trio.open_memory_channel[Frame](_BATCH_FRAMES)
+        """Receive and write side by side; the window and the buffers bound what is in memory."""
 
-        async def read() -> None:
-            async with send:
-                while True:
-                    with trio.fail_after(IDLE_SECONDS_MAX):
-                        event = await source.next_event()
-                    if isinstance(event, Trailer):
-                        trailers.append(event)
-                        return
-                    if not isinstance(event, Frame):
-                        raise StreamError("the stream ends before its trailer: it is not complete")
-                    try:
-                        await send.send(event)
-                    except trio.BrokenResourceError:
-                        return  # The writer has failed: its error is the one to tell.
+        async def acknowledge() -> None:
+            await source.say(Ack(incoming.taken, incoming.durable))
 
-        def write(batch: list[Frame]) -> None:
-            for item in batch:
-                incoming.frame(item)
-
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(read)
-            async with receive:
-                async for first in receive:
-                    batch = [first]
-                    with contextlib.suppress(trio.WouldBlock, trio.EndOfChannel):
-                        while len(batch) < _BATCH_FRAMES:
-                            batch.append(receive.receive_nowait())
-                    await self._thread(write, batch)
-                    await source.say(Ack(incoming.taken, incoming.durable))
-        return trailers[0]
+        with BulkSocket(source.stream) as bulk:
+            return await receive_frames(
+                FrameReceiver(bulk, source.decoder, source.decoder.take_rest() + bulk.take_rest()),
+                incoming.batch,
+                acknowledge,
+                threads=self._threads,
+                idle_seconds_max=IDLE_SECONDS_MAX,
+            )
 
     # --- restores ----------------------------------------------------------------------------------
 
@@ -373,10 +351,6 @@ class Target:
             while part := await self._thread(_next_part, encoder, frames):
                 await _send_bytes(stream, part)
             await _send_bytes(stream, encoder.finish())
-
-    async def _audit(self, params: calls.PointName, _peer: str, stream: trio.abc.Stream) -> None:
-        async with self._reading:
-            await answer_audit(self._opened(params.vm, params.point), stream, self._thread)
 
     async def _serve(self, request: calls.ServeRequest, call: Call) -> calls.Nothing:
         """Until the caller goes, which cancels this; the NBD connections end with it."""

@@ -1,0 +1,112 @@
+"""The receiving side of an export: from the socket into large reused buffers, from there into the files.
+
+Two worker threads side by side, each one hop per buffer: one receives, finds the frames and verifies their
+digests; the other writes what was verified. Nothing is copied but the frame that a buffer's end cuts in two.
+Memory is the buffers; what may be on its way is the window that the source was told.
+"""
+
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+import attrs
+import trio
+
+from daemonkit.units import KiB
+from diskd.core.stream import (
+    DATA_BYTES_MAX,
+    FrameBatch,
+    FrameKind,
+    Rows,
+    StreamDecoder,
+    StreamError,
+    Trailer,
+)
+from diskd.shell.bulk import BulkSocket
+
+BUFFERS: Final = 4
+BUFFER_BYTES: Final = 4 * (DATA_BYTES_MAX + 16 * KiB)
+
+
+@attrs.frozen(eq=False)
+class Received:
+    """Verified frames, and the buffer that they lie in."""
+
+    batch: FrameBatch
+    rows: Rows
+    buffer: bytearray
+
+
+class FrameReceiver:
+    """Fills buffers from one stream, after its header has been taken."""
+
+    def __init__(self, bulk: BulkSocket, decoder: StreamDecoder, rest: bytes) -> None:
+        """``rest``: what was read beyond the header."""
+        self._bulk = bulk
+        self._decoder = decoder
+        self._rest = rest
+        self.trailer: Trailer | None = None
+
+    def receive_blocking(self, buffer: bytearray) -> Received:
+        """The next frames, verified; none with the trailer. Raises StreamError, StreamAborted, OSError."""
+        view = memoryview(buffer)
+        filled = len(self._rest)
+        view[:filled] = self._rest
+        while True:
+            batch, rows = self._decoder.batch(view[:filled])
+            if len(batch):
+                batch.check_data(rows)
+                self._rest = bytes(view[batch.used : filled])
+                return Received(batch, rows, buffer)
+            if filled and view[0] not in (FrameKind.DATA, FrameKind.ZERO, FrameKind.HOLE):
+                self._take_end(view, filled)
+                return Received(batch, rows, buffer)
+            filled += self._more(view[filled:])
+
+    def _take_end(self, view: memoryview, filled: int) -> None:
+        """The trailer, or the reason why there is none."""
+        self._decoder.feed(view[:filled])
+        while (event := self._decoder.next_event()) is None:
+            self._decoder.feed(view[: self._more(view)])
+        assert isinstance(event, Trailer)
+        self.trailer = event
+
+    def _more(self, room: memoryview) -> int:
+        count = self._bulk.receive_blocking(room)
+        if count == 0:
+            raise StreamError("the stream ends before its trailer: it is not complete")
+        return count
+
+
+async def receive_frames(
+    receiver: FrameReceiver,
+    write: Callable[[FrameBatch, Rows], None],
+    acknowledge: Callable[[], Awaitable[None]],
+    *,
+    threads: trio.CapacityLimiter,
+    idle_seconds_max: float,
+) -> Trailer:
+    """Receive and write side by side. ``write`` runs in a worker thread, ``acknowledge`` follows each call of
+    it. Raises TooSlowError for a source that says nothing for so long."""
+    free_send, free = trio.open_memory_channel[bytearray](BUFFERS)
+    for _ in range(BUFFERS):
+        free_send.send_nowait(bytearray(BUFFER_BYTES))
+    full_send, full = trio.open_memory_channel[Received](BUFFERS)
+
+    async def receive() -> None:
+        async with full_send:
+            while receiver.trailer is None:
+                buffer = await free.receive()
+                with trio.fail_after(idle_seconds_max):
+                    received = await trio.to_thread.run_sync(
+                        receiver.receive_blocking, buffer, limiter=threads
+                    )
+                await full_send.send(received)
+
+    async with trio.open_nursery() as nursery, free_send, free, full:
+        nursery.start_soon(receive)
+        async for received in full:
+            await trio.to_thread.run_sync(write, received.batch, received.rows, limiter=threads)
+            free_send.send_nowait(received.buffer)
+            await acknowledge()
+    assert receiver.trailer is not None
+    return receiver.trailer
