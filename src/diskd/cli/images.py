@@ -1,6 +1,5 @@
 """`diskctl image`: make, look at, hand over and remove images."""
 
-from pathlib import Path
 from typing import Any
 
 import click
@@ -8,9 +7,8 @@ import click
 from daemonkit.cli import SIZE, print_json
 from daemonkit.diskd_api import IMAGE_DELETE, DeleteImage, ImageName
 from daemonkit.errors import OperatorError
-from daemonkit.progress import Progress
 from daemonkit.units import format_size
-from diskd.cli.calling import SECONDS_UNBOUNDED, Diskd, json_option, pass_diskd, print_table
+from diskd.cli.calling import Diskd, json_option, pass_diskd, print_table
 from diskd.core import calls
 from diskd.core.inventory import ImageInfo
 
@@ -62,25 +60,6 @@ def create(diskd: Diskd, name: str, size: int, as_json: bool) -> None:
         print_json(document(info))
     else:
         click.echo(f"image {info.name} of {format_size(info.size_bytes)} created")
-
-
-@image.command("import")
-@click.argument("name")
-@click.argument("file", type=click.Path(path_type=Path))
-@json_option
-@pass_diskd
-def import_(diskd: Diskd, name: str, file: Path, as_json: bool) -> None:
-    """Make an image NAME with the content of FILE (on diskd's host): raw, or what qemu-img converts."""
-    params = calls.ImportImage(name, str(file.absolute()))
-    progress = Progress(as_json=False)
-    try:
-        info = diskd.call(calls.IMAGE_IMPORT, params, seconds_max=SECONDS_UNBOUNDED, on_progress=progress)
-    finally:
-        progress.finish()
-    if as_json:
-        print_json(document(info))
-    else:
-        click.echo(f"image {info.name} of {format_size(info.size_bytes)} imported")
 
 
 @image.command("list")

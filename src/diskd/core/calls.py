@@ -37,6 +37,13 @@ class ImportImage:
 
 
 @attrs.frozen
+class ReceiveImage:
+    """A new image with what the caller sends next (``core.import_stream``)."""
+
+    image: str
+
+
+@attrs.frozen
 class ImageList:
     """Sorted by name."""
 
@@ -105,6 +112,7 @@ class DaemonStatus:
 
 IMAGE_CREATE: Final = Method("image.create", CreateImage, ImageInfo)
 IMAGE_IMPORT: Final = Method("image.import", ImportImage, ImageInfo)
+IMAGE_RECEIVE: Final = Method("image.receive", ReceiveImage, Nothing)
 IMAGE_LIST: Final = Method("image.list", Nothing, ImageList)
 IMAGE_SHOW: Final = Method("image.show", ImageName, ImageInfo)
 IMAGE_RELEASE: Final = Method("image.release", ImageName, ImageInfo)

@@ -8,11 +8,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import attrs
-import trio
 
 from daemonkit import diskd_api as api
 from daemonkit.rpc import Call, Registry
-from daemonkit.schema import unstructure
 from diskd.core import calls
 from diskd.core.inventory import ChangesInfo, CheckpointInfo, ImageInfo
 from diskd.errors import Refused
@@ -51,7 +49,6 @@ class Control:
         registry.add(api.LEASE_SHOW, self._lease_show)
         registry.add(api.IMAGE_ACTIVITY, self._activity)
         registry.add(calls.IMAGE_CREATE, self._image_create)
-        registry.add(calls.IMAGE_IMPORT, self._image_import)
         registry.add(calls.IMAGE_LIST, self._image_list)
         registry.add(calls.IMAGE_SHOW, self._image_show)
         registry.add(api.IMAGE_DELETE, self._image_delete)
@@ -86,29 +83,6 @@ class Control:
 
     async def _image_create(self, params: calls.CreateImage, _call: Call) -> ImageInfo:
         return await self._library.create_image(params.image, params.size_bytes)
-
-    async def _image_import(self, params: calls.ImportImage, call: Call) -> ImageInfo:
-        if not params.path.startswith("/"):
-            raise Refused(f"{params.path}: write the file's absolute path on diskd's host")
-        # The importer may report far more often than a client can take it: only the newest state matters.
-        sender, receiver = trio.open_memory_channel[calls.Copied](1)
-
-        def progress(done_bytes: int, total_bytes: int) -> None:
-            try:
-                sender.send_nowait(calls.Copied(done_bytes, total_bytes))
-            except trio.WouldBlock:
-                return
-
-        async def report() -> None:
-            async for copied in receiver:
-                await call.progress(unstructure(copied))
-
-        source = Path(params.path)
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(report)
-            async with sender:
-                info = await self._library.import_image(params.image, source, progress=progress)
-        return info
 
     async def _image_list(self, _params: calls.Nothing, _call: Call) -> calls.ImageList:
         return calls.ImageList(self._library.images())

@@ -25,6 +25,7 @@ from diskd.config import Settings
 from diskd.shell.audit import register_audit
 from diskd.shell.backup import register_backup
 from diskd.shell.control import Control, Listening
+from diskd.shell.copies import register_copies
 from diskd.shell.library import Library, open_library
 from diskd.shell.nbd_server import NbdServer
 from diskd.shell.restored_images import register_restore
@@ -86,6 +87,7 @@ async def _serve(
             listening = _listening(root, nbd, listen)
             registry = Registry()
             Control(library, server, listening).register(registry)
+            register_copies(registry, library)
             register_backup(registry, library, key=keys[0] if keys else None)
             register_audit(registry, library, key=keys[0] if keys else None)
             register_restore(registry, library, key=keys[0] if keys else None)

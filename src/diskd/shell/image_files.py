@@ -46,6 +46,11 @@ def settled_facts(files: Files) -> mrt.RawFacts:
 def create_blocking(directory: Path, identity: Identity) -> None:
     """Raises OSError, FileExistsError where the directory is there already."""
     directory.mkdir()
+    adopt_blocking(directory, identity)
+
+
+def adopt_blocking(directory: Path, identity: Identity) -> None:
+    """Make an image of a directory in which there is its raw file, or nothing. Raises OSError."""
     files = Files(directory)
     try:
         files.run_blocking(_create_raw(identity.geometry.size_bytes))

@@ -5,28 +5,36 @@ because it is damaged. One verb at a time works on a name.
 """
 
 import contextlib
-from collections.abc import AsyncIterator, Iterator, Mapping
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Final
+from uuid import uuid4
 
 import structlog
 import trio
 
 from daemonkit import durable
 from daemonkit.errors import HoldfastError
+from daemonkit.units import format_size
 from diskd.core import lease
+from diskd.core.geometry import BLOCK_BYTES_DEFAULT, RAW, REGION_BYTES_DEFAULT, Geometry, Identity
 from diskd.core.inventory import ImageInfo, check_name
 from diskd.core.lease import LeaseState
 from diskd.errors import Refused
-from diskd.shell import directories, imports
+from diskd.shell import directories
 from diskd.shell.checkpoints import Checkpoints
 from diskd.shell.image import Image, ImageSettings, Writer
-from diskd.shell.imports import Progress
+from diskd.shell.image_files import adopt_blocking
+from diskd.shell.imports import SizeCheck
 from diskd.shell.open_image import OpenImage
 
 log = structlog.get_logger()
 
+Fill = Callable[[Path, SizeCheck], Awaitable[None]]
+
+GRAINS: Final = (BLOCK_BYTES_DEFAULT, REGION_BYTES_DEFAULT)
 _RELEASED: Final = "released"
 STOP_SECONDS: Final = 60.0  # a clean stop flushes; beyond this the next start recovers instead
 
@@ -114,28 +122,30 @@ class Images:
             await self._make(directory, size_bytes, block_bytes=block_bytes, region_bytes=region_bytes)
             return await self._publish(name, directory)
 
-    async def import_(self, name: str, source: Path, *, progress: Progress | None = None) -> ImageInfo:
-        """A new image with the content of a raw file, or of whatever ``qemu-img convert`` reads."""
+    async def import_(self, name: str, fill: Fill) -> ImageInfo:
+        """A new image with the content that ``fill`` gives its raw file: from its first byte on it is tracked
+        as if a guest had written that."""
         async with self._new(name) as directory:
-            kind = await trio.to_thread.run_sync(imports.detect_format, source)
-            converted = directory.with_name(f"{directory.name}.raw")
             try:
-                if kind != "raw":
-                    await imports.convert(source, kind, converted)
-                    source = converted
-                await self._make(directory, await trio.to_thread.run_sync(imports.size_of, source))
-                image = await Image.open(directory, self._settings)
-                try:
-                    await imports.copy_in(source, image.open_writer(lambda: None), progress)
-                finally:
-                    with trio.move_on_after(STOP_SECONDS, shield=True):
-                        await image.close()
+                await trio.to_thread.run_sync(directory.mkdir)
+                await fill(directory / RAW, self._check_size)
+                size_bytes = (directory / RAW).stat().st_size
+                identity = Identity(uuid4(), Geometry.check(size_bytes, *GRAINS))
+                await trio.to_thread.run_sync(adopt_blocking, directory, identity)
+                await directories.run_once(directory, lease.persist(LeaseState()))
             except OSError as error:
-                raise Refused(f"image {name} cannot be imported: {error}") from error
-            finally:
-                with trio.move_on_after(STOP_SECONDS, shield=True):
-                    await self._discard(converted)
+                raise Refused(f"image {name} cannot be imported: {error.strerror or error}") from error
             return await self._publish(name, directory)
+
+    def _check_size(self, size_bytes: int) -> None:
+        """Raises Refused before any space is taken."""
+        needed = Geometry.check(size_bytes, *GRAINS).bitmap_bytes
+        found = os.statvfs(self._settings.shared_dir)
+        if needed > found.f_bavail * found.f_frsize:
+            raise Refused(
+                f"an image of {format_size(size_bytes)} needs {format_size(needed)} of shared memory, and"
+                f" {self._settings.shared_dir} has {format_size(found.f_bavail * found.f_frsize)}: enlarge it"
+            )
 
     @asynccontextmanager
     async def new_images(self, sizes: Mapping[str, int]) -> AsyncIterator[dict[str, Writer]]:

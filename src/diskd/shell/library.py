@@ -33,7 +33,7 @@ from diskd.shell.exports import Exports
 from diskd.shell.forks import Forks
 from diskd.shell.image import ImageSettings, Writer
 from diskd.shell.images import STOP_SECONDS, Images
-from diskd.shell.imports import Progress
+from diskd.shell.imports import Progress, fill_from_file, fill_from_stream
 from diskd.shell.open_image import OpenImage
 from diskd.shell.overlay import OverlaySettings
 
@@ -106,7 +106,14 @@ class Library:
 
     async def import_image(self, name: str, source: Path, *, progress: Progress | None = None) -> ImageInfo:
         """A new image with the content of a raw file, or of whatever ``qemu-img convert`` reads."""
-        return await self._lives.import_(name, source, progress=progress)
+        return await self._lives.import_(
+            name, lambda raw, check: fill_from_file(source, raw, check, progress)
+        )
+
+    async def receive_image(self, name: str, stream: trio.abc.Stream) -> ImageInfo:
+        """A new image with the content that a client sends (core.import_stream). Raises Refused, or
+        ProtocolError where it breaks off."""
+        return await self._lives.import_(name, lambda raw, check: fill_from_stream(stream, raw, check))
 
     def new_images(self, sizes: Mapping[str, int]) -> AbstractAsyncContextManager[dict[str, Writer]]:
         """Several new images, filled by the body of the ``async with``; all or none."""
