@@ -44,6 +44,8 @@ from diskd.core.nbd_wire import (
 
 # Holds any whole option, and a batch of some 60 writes of 4 KiB.
 BUFFER_BYTES: Final = 256 << 10
+# A longer payload that is not complete yet gets memory of its own, into which the rest is received.
+PAYLOAD_BUFFERED_MAX: Final = 64 << 10
 
 
 class State(enum.Enum):
@@ -144,8 +146,8 @@ class Session:
         self._out: list[bytes | bytearray | memoryview] = [wire.greeting()]
         self._state = State.FLAGS
         self._haggling = Haggling(self._out)
-        self._facts = ExportFacts(0, True, False, 4096)
-        self._structured = False
+        self.facts = ExportFacts(0, True, False, 4096)
+        self.structured = False
 
     @property
     def state(self) -> State:
@@ -177,6 +179,19 @@ class Session:
             self._payload.filled += count
         else:
             self._end += count
+
+    # What nbd_plain needs in order to serve from the buffer directly.
+
+    def unparsed(self) -> tuple[bytearray, memoryview, int, int]:
+        """(the buffer, the same as a view, begin and end of what next_event has not looked at yet)."""
+        if self._state is not State.TRANSMISSION or self._payload is not None or self._skip:
+            return self._buffer, self._view, 0, 0
+        return self._buffer, self._view, self._start, self._end
+
+    def parsed_to(self, start: int) -> None:
+        """Everything before ``start`` has been answered, or will be."""
+        if start:
+            self._start = start
 
     def take_output(self) -> list[bytes | bytearray | memoryview]:
         """What is to be sent, in order, as one batch."""
@@ -276,8 +291,8 @@ class Session:
         """The answer to ExportWanted. True: the session is in transmission with this export now."""
         if not self._haggling.export_found(facts):
             return False
-        self._facts = facts
-        self._structured = self._haggling.structured
+        self.facts = facts
+        self.structured = self._haggling.structured
         self._state = State.TRANSMISSION
         return True
 
@@ -300,7 +315,7 @@ class Session:
                 if command is _WRITE:
                     # Without extended headers no other command carries a payload.
                     self._skip = length
-                self._reply_error(cookie, problem, _REASONS[problem])
+                self.reply_failure(cookie, problem, _REASONS[problem])
                 continue
             if command is _WRITE and length:
                 return self._begin_payload(flags, cookie, offset, length)
@@ -314,17 +329,17 @@ class Session:
         if flags:
             if flags & _FLAGS_REFUSED[command]:
                 return errno.EINVAL
-            if flags & _DF and not self._structured:
+            if flags & _DF and not self.structured:
                 return errno.EINVAL
-            if flags & _FAST_ZERO and not self._facts.fast_zero:
+            if flags & _FAST_ZERO and not self.facts.fast_zero:
                 return errno.EINVAL
         if length > wire.REQUEST_BYTES_MAX and command in _WITH_PAYLOAD:
             return errno.EINVAL
-        if self._facts.is_read_only and command in _MODIFYING:
+        if self.facts.is_read_only and command in _MODIFYING:
             return errno.EPERM
         if command is _BLOCK_STATUS and not (length and self.contexts):
             return errno.EINVAL
-        if offset + length > self._facts.size_bytes and command is not _FLUSH:
+        if offset + length > self.facts.size_bytes and command is not _FLUSH:
             return errno.ENOSPC if command in _WRITING else errno.EINVAL
         return 0
 
@@ -334,6 +349,10 @@ class Session:
         if have >= length:
             self._start = start + length
             return Request(_WRITE, flags, cookie, offset, length, bytes(self._view[start : self._start]))
+        if length <= PAYLOAD_BUFFERED_MAX:
+            # The rest arrives behind it, and more requests with it: the header is looked at again then.
+            self._start = start - wire.REQUEST.size
+            return None
         payload, self._spare = self._spare, None
         if payload is None or len(payload) != length:
             payload = bytearray(length)
@@ -353,7 +372,7 @@ class Session:
 
     def reply_done(self, request: Request) -> None:
         """Success without data."""
-        if self._structured and request.command is _READ:
+        if self.structured and request.command is _READ:
             # "a simple reply MAY be used as a reply to any request other than NBD_CMD_READ"
             self._out.append(_chunk(Chunk.NONE, request.cookie, 0))
         else:
@@ -370,7 +389,7 @@ class Session:
         assert len(data) == request.length
         if not data:
             self.reply_done(request)
-        elif not self._structured:
+        elif not self.structured:
             self._out += (_pack_simple(wire.SIMPLE_REPLY_MAGIC, 0, request.cookie), data)
         elif request.flags & _DF:
             # "the server MUST send at most one content chunk"
@@ -385,13 +404,18 @@ class Session:
             flags = wire.CHUNK_DONE if position == len(contexts) else 0
             self._out.append(_chunk(Chunk.BLOCK_STATUS, request.cookie, len(payload), flags) + payload)
 
+    def reply_laid(self, replies: memoryview) -> None:
+        """Whole replies, as they go out."""
+        self._out.append(replies)
+
     def reply_error(self, request: Request, code: int | None, message: str) -> None:
         """A failure, by errno; the message goes where the protocol has room for one."""
-        self._reply_error(request.cookie, code, message)
+        self.reply_failure(request.cookie, code, message)
 
-    def _reply_error(self, cookie: int, code: int | None, message: str) -> None:
+    def reply_failure(self, cookie: int, code: int | None, message: str) -> None:
+        """As reply_error, for a request of which only the cookie is at hand."""
         error = wire.wire_error(code)
-        if not self._structured:
+        if not self.structured:
             self._out.append(_pack_simple(wire.SIMPLE_REPLY_MAGIC, error, cookie))
             return
         text = wire.error_text(message)

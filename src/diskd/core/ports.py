@@ -62,6 +62,24 @@ class Device(Protocol):
         ...
 
 
+class InPlace(Protocol):
+    """A device that can do many small cached reads and writes in one step of the loop (core.nbd_plain).
+
+    ``begin_in_place`` is called in that step, before the others: it checks what holds for all of them (S1)
+    and raises as a read would; False where the device can not do anything in place now. The others raise
+    as in Device, and answer False where the other forms must be used.
+    """
+
+    def begin_in_place(self) -> bool: ...
+    def read_in_place(self, offset: int, buffer: memoryview) -> bool:
+        """Fill the buffer."""
+        ...
+
+    def write_in_place(self, offset: int, data: memoryview) -> bool:
+        """As Device.write_nowait, which looks after T1 and the hold."""
+        ...
+
+
 @attrs.frozen
 class Export:
     """What a name on the NBD wire opens. ``contexts`` are dirty-bitmap points, by point id.

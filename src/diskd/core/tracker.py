@@ -96,10 +96,14 @@ class Tracker:
 
         False: some region of it is closed; ``want`` it, commit, and ask again.
         """
-        first, last = offset >> self._region_shift, (offset + length - 1) >> self._region_shift
+        end = offset + length - 1
+        first, last = offset >> self._region_shift, end >> self._region_shift
+        block = offset >> self._block_shift
+        is_one_block = block == end >> self._block_shift
+        if is_one_block and self._open[first] and self.area.bits[block >> 3] >> (block & 7) & 1:
+            return True  # what most writes find: marked already
         if self._open.find(0, first, last + 1) >= 0:
             return False
-        end = offset + length - 1
         if set_range(self.area.bits, offset >> self._block_shift, (end >> self._block_shift) + 1):
             for region in range(first, last + 1):
                 self._changed[region] = 1

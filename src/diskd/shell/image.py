@@ -63,7 +63,9 @@ class Image:
         self.opened_how = recovered.how
         self.opened_reason = recovered.reason
         self.tracker = Tracker(identity, recovered, max_open_bytes=settings.max_open_bytes)
-        self.raw = RawLayer(self.files, self.size_bytes, self._note_write)
+        # Recovery compares the stamp with the file's times, give or take one interval.
+        slack_ns = settings.tracking_flush_interval_ns // 4
+        self.raw = RawLayer(self.files, self.size_bytes, self._note_write, slack_ns=slack_ns)
         self.layer: Layer = self.raw
         self.failure: str | None = None
         self.is_closed = False

@@ -63,6 +63,18 @@ class MemoryDevice:
             parts.append(bytes(count) if data is None else bytes(data[begin : begin + count]))
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
+    def begin_in_place(self) -> bool:
+        return True
+
+    def read_in_place(self, offset: int, buffer: memoryview) -> bool:
+        data = self.read_nowait(offset, len(buffer))
+        assert data is not None
+        buffer[:] = data
+        return True
+
+    def write_in_place(self, offset: int, data: memoryview) -> bool:
+        return self.write_nowait(offset, data)
+
     async def read(self, offset: int, length: int) -> bytes:
         await trio.lowlevel.checkpoint()
         data = self.read_nowait(offset, length)

@@ -1,11 +1,12 @@
 """One NBD connection over a real socket: moves bytes, asks the catalog, runs requests on the device.
 
 The loop reads as much as the socket holds and handles every complete request in place where the device
-can do so without waiting (``*_nowait``); the others run as tasks, a bounded number at a time. Replies of
-a batch leave with one sendmsg. After a time budget the loop sends what it has, which also lets other
-connections run.
+can do so without waiting: plain ones many at a time (core.nbd_plain), others one by one (``*_nowait``); the
+rest run as tasks, a bounded number at a time. Replies of a batch leave with one sendmsg. After a time budget
+the loop sends what it has, which also lets other connections run.
 
-    socket -> Session -> in place --------------> replies -> sendmsg
+    socket -> Session -> plain, in place -------> replies -> sendmsg
+                      -> in place --------------^
                       -> task: await device.x --^
 
 ``drop`` ends a connection from outside (fencing, shutdown): nothing more is read, what runs is finished,
@@ -24,12 +25,14 @@ import trio
 
 from daemonkit.errors import HoldfastError, InvariantBroken
 from daemonkit.units import MiB
+from diskd.core import nbd_plain
 from diskd.core import nbd_wire as wire
 from diskd.core.nbd_haggling import Ended, ExportFacts, ExportWanted, NamesWanted
 from diskd.core.nbd_session import Request, Session, State
 from diskd.core.nbd_wire import Command, Descriptor, NbdError, Rep
-from diskd.core.ports import ChangeReport, Device, Export, ExportCatalog
+from diskd.core.ports import ChangeReport, Device, Export, ExportCatalog, InPlace
 from diskd.errors import NoSuchExport
+from diskd.shell.nbd_linger import Company, Lingering
 
 # A client that haggles longer is not going to start; opening an export may have to wait for a drain.
 HANDSHAKE_SECONDS_MAX: Final = 30.0
@@ -55,6 +58,11 @@ log = structlog.get_logger("nbd")
 
 
 @runtime_checkable
+class ServesInPlace(InPlace, Protocol):
+    """A device that the plain requests can be served from."""
+
+
+@runtime_checkable
 class ReadsInto(Protocol):
     """A device that can also read into memory of ours: False where ``read_nowait`` answers None."""
 
@@ -64,7 +72,7 @@ class ReadsInto(Protocol):
 class Connection:
     """``run`` serves it to its end. ``reason`` says afterwards why it ended."""
 
-    def __init__(self, sock: socket.socket, peer: str, catalog: ExportCatalog) -> None:
+    def __init__(self, sock: socket.socket, peer: str, catalog: ExportCatalog, company: Company) -> None:
         """``sock`` is a plain one that does not block: trio's would pass the scheduler on every call."""
         self._socket = sock
         self._peer = peer
@@ -76,7 +84,10 @@ class Connection:
         self._reading = trio.CancelScope()
         self._send_lock = trio.Lock()
         self._unsent: deque[memoryview] = deque()
+        self._in_place: InPlace | None = None
         self._reads_into: ReadsInto | None = None
+        self._replies = nbd_plain.Replies()
+        self._lingering = Lingering(company)
         self._lent: list[bytearray] = []
         self._spare: list[bytearray] = []
         self._batch_bytes = 0
@@ -183,6 +194,7 @@ class Connection:
                     self._reading.cancel(reason="the peer has gone")
             self._session.take_output()
             self._unsent.clear()
+            self._take_back()
 
     async def _send_some(self) -> None:
         """One sendmsg, or a wait until one is possible. What it did not take stays queued."""
@@ -211,6 +223,7 @@ class Connection:
 
     def _take_back(self) -> None:
         """Everything has been sent: nobody looks at these buffers any more."""
+        self._replies.sent()
         if self._lent:
             self._spare += self._lent
             self._lent.clear()
@@ -263,27 +276,51 @@ class Connection:
     async def _transmit(self, tasks: trio.Nursery, device: Device) -> None:
         session = self._session
         self._reads_into = device if isinstance(device, ReadsInto) else None
+        self._in_place = device if isinstance(device, ServesInPlace) else None
         while True:
-            while (event := session.next_event()) is not None:
-                if isinstance(event, Request):
-                    if not self._serve_in_place(event, device):
-                        await self._begin(event, tasks, device)
-                    if self._batch_bytes >= BATCH_BYTES_MAX:
-                        await self._flush()
-                    if time.perf_counter() >= self._breathe_at:
-                        await self._breathe()
-                elif isinstance(event, Ended):
-                    self.reason = event.reason
-                    return
-            if session.state is State.ENDED:
+            is_more = self._serve_plain()
+            event = None if is_more else session.next_event()
+            if isinstance(event, Request):
+                if not self._serve_in_place(event, device):
+                    await self._begin(event, tasks, device)
+                if self._batch_bytes >= BATCH_BYTES_MAX:
+                    await self._flush()
+            elif isinstance(event, Ended):
+                self.reason = event.reason
                 return
-            if session.has_output and not self._send_nowait():
-                await self._flush()
-            if not self._receive_nowait():
-                await trio.lowlevel.wait_readable(self._socket)
-                self._breathe_at = time.perf_counter() + BATCH_SECONDS_MAX
-            elif time.perf_counter() >= self._breathe_at:
+            elif session.state is State.ENDED:
+                return
+            else:
+                if session.has_output and not self._send_nowait():
+                    await self._flush()
+                if not is_more and not self._receive_nowait() and not self._linger():
+                    await trio.lowlevel.wait_readable(self._socket)
+                    self._lingering.woken()
+                    self._breathe_at = time.perf_counter() + BATCH_SECONDS_MAX
+            if time.perf_counter() >= self._breathe_at:
                 await self._breathe()
+
+    def _serve_plain(self) -> bool:
+        """What can be served many at a time. True: there is more, once the replies have been sent."""
+        device = self._in_place
+        try:
+            if device is None or not device.begin_in_place():
+                return False
+        except OSError:
+            # Each request is told one by one.
+            return False
+        return nbd_plain.serve(self._session, device, self._replies)
+
+    def _linger(self) -> bool:
+        """Look again for a moment. True where something came."""
+        lingering = self._lingering
+        if not lingering.begin():
+            return False
+        while not self._receive_nowait():
+            if not lingering.go_on():
+                return False
+        lingering.found()
+        return True
 
     async def _breathe(self) -> None:
         """The time budget is used up: send what there is, and let others run."""

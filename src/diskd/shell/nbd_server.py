@@ -19,6 +19,7 @@ from daemonkit.errors import InvariantBroken, OperatorError
 from daemonkit.ports import Address
 from diskd.core.ports import ExportCatalog
 from diskd.shell.nbd_connection import DROP_SECONDS_MAX, Connection
+from diskd.shell.nbd_linger import Company
 
 # Each takes two file descriptors at most and, when busy, IN_FLIGHT_BYTES_MAX of memory.
 CONNECTIONS_MAX: Final = 512
@@ -35,6 +36,7 @@ class NbdServer:
         self._catalog = catalog
         self._connections: set[Connection] = set()
         self._connections_max = connections_max
+        self._company = Company()
         self._changed = trio.Event()
 
     @property
@@ -89,7 +91,7 @@ class NbdServer:
                 log.warning("nbd.too_many_connections", peer=peer, limit=self._connections_max)
                 return
             _tune(sock)
-            connection = Connection(sock, peer, self._catalog)
+            connection = Connection(sock, peer, self._catalog, self._company)
             self._connections.add(connection)
             try:
                 await connection.run()

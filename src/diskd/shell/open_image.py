@@ -147,10 +147,16 @@ class OpenImage:
         return Export(device, epoch is None, {}, close, image.block_bytes, fast_zero=image.raw.zeroes_fast)
 
     def _device(self, session: Session) -> Device:
+        verified: LeaseState | None = None
+
         def check() -> None:
+            nonlocal verified
             if session.revoked is not None:
                 raise Fenced(session.revoked)
-            lease.check_read(self.lease_state, session.claim)
+            # States do not change, they are replaced: this is asked for every request.
+            if self.lease_state is not verified:
+                lease.check_read(self.lease_state, session.claim)
+                verified = self.lease_state
 
         def check_write() -> None:
             check()
@@ -170,7 +176,7 @@ class OpenImage:
 class PreparedDevice:
     """A connection opened under a prepared epoch: reads at once, writes from its promotion on."""
 
-    def __init__(self, inner: Device, check_write: Callable[[], None]) -> None:
+    def __init__(self, inner: Writer, check_write: Callable[[], None]) -> None:
         self._inner = inner
         self._check_write = check_write
 
@@ -181,6 +187,19 @@ class PreparedDevice:
     @property
     def is_read_only(self) -> bool:
         return False  # NBD fixes it at negotiation, and the promotion is to come
+
+    def begin_in_place(self) -> bool:
+        return self._inner.begin_in_place()
+
+    def read_in_place(self, offset: int, buffer: memoryview) -> bool:
+        return self._inner.read_in_place(offset, buffer)
+
+    def write_in_place(self, offset: int, data: memoryview) -> bool:
+        self._check_write()
+        return self._inner.write_in_place(offset, data)
+
+    def read_into_nowait(self, offset: int, buffer: bytearray) -> bool:
+        return self._inner.read_into_nowait(offset, buffer)
 
     def read_nowait(self, offset: int, length: int) -> bytes | None:
         return self._inner.read_nowait(offset, length)

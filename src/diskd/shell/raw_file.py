@@ -53,6 +53,11 @@ class RawFile:
         self.read_nowait = self._layer.read_nowait
         self.read_into_nowait = self._layer.read_into_nowait
         self.write_nowait = self._layer.write_nowait
+        self.read_in_place = self._layer.read_into_nowait
+        self.write_in_place = self._layer.write_nowait
+
+    def begin_in_place(self) -> bool:
+        return True
 
     async def read(self, offset: int, length: int) -> bytes:
         return await self._layer.read(offset, length)

@@ -35,13 +35,19 @@ class RawFiles(Protocol):
 
 
 class RawLayer:
-    """``on_write`` is called at the submission and at the end of everything that changes the file."""
+    """``on_write`` is called at the submission and at the end of everything that changes the file; of the
+    small writes in place only so often that it is never behind by more than ``slack_ns``."""
 
-    def __init__(self, files: RawFiles, size_bytes: int, on_write: Callable[[], None]) -> None:
+    def __init__(
+        self, files: RawFiles, size_bytes: int, on_write: Callable[[], None], *, slack_ns: int = 0
+    ) -> None:
         self._files = files
         self._descriptor = files.descriptor(RAW)
         self.size_bytes = size_bytes
         self._on_write = on_write
+        self._slack_ns = slack_ns
+        # A write at a wall clock between these two has been noted already. Both, since clocks are set back.
+        self._noted_from = self._noted_until = 0
         self._threads = trio.CapacityLimiter(DATA_THREADS_MAX)
         self._sync_threads = trio.CapacityLimiter(2)
         self._slow = 0
@@ -74,7 +80,7 @@ class RawLayer:
         self._scratch = scratch
         return bytes(scratch) if self.read_into_nowait(offset, scratch) else None
 
-    def read_into_nowait(self, offset: int, buffer: bytearray) -> bool:
+    def read_into_nowait(self, offset: int, buffer: bytearray | memoryview) -> bool:
         """Fill the buffer; False where that would block, or would take long."""
         length = len(buffer)
         if self._slow or length > IN_PLACE_BYTES_MAX:
@@ -104,7 +110,10 @@ class RawLayer:
     def write_nowait(self, offset: int, data: bytes | memoryview) -> bool:
         if self._slow or len(data) > IN_PLACE_BYTES_MAX:
             return False
-        self._on_write()
+        now = time.time_ns()
+        if not self._noted_from <= now < self._noted_until:
+            self._on_write()
+            self._noted_from, self._noted_until = now, now + self._slack_ns
         written = os.pwrite(self._descriptor, data, offset)
         if written != len(data):
             durable.write_all(self._descriptor, memoryview(data)[written:], offset + written)

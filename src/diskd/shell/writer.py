@@ -1,6 +1,7 @@
 """One epoch's access to an image: a Device (ports.Device), handed out by ``Image.open_writer``.
 
-One write, in one step of the loop, without a wait between these:
+One write, in one step of the loop, without a wait between these (for many small writes in one step,
+``begin_in_place`` does the first for all of them):
 
     check()            the writer's epoch is still the newest (S1), else Fenced
     no hold in force   (a cut is being made, B1), else wait and start over
@@ -94,6 +95,23 @@ class Writer:
                 return
             else:
                 await image.open_regions(offset, length)
+
+    # ports.InPlace: nothing but this task runs between begin_in_place and the others, so neither the epoch
+    # nor a hold nor the layer can change there.
+
+    def begin_in_place(self) -> bool:
+        self._begin()
+        return True
+
+    def read_in_place(self, offset: int, buffer: memoryview) -> bool:
+        read_into = getattr(self.image.layer, "read_into_nowait", None)
+        return read_into is not None and read_into(offset, buffer)
+
+    def write_in_place(self, offset: int, data: memoryview) -> bool:
+        image = self.image
+        if image.is_held or not image.tracker.admit(offset, len(data)):
+            return False
+        return image.layer.write_nowait(offset, data)
 
     def read_nowait(self, offset: int, length: int) -> bytes | None:
         self._begin()
