@@ -62,8 +62,10 @@ class Settings:
     max_open_bytes: int = _setting(4 * GiB, _Rule("size", 64 * MiB, 1024 * TiB))
     # What an AVHD may take per disk before the backup is given up; none: as much as the file system has.
     avhd_limit: int | None = _setting(None, _Rule("size", MiB, 1024 * TiB, may_be_none=True))
-    # One step of a merge: a write that meets it waits for a copy of this size and its sync.
+    # One step of a merge, at most: with the guest at work its steps are of some milliseconds.
     merge_batch: int = _setting(4 * MiB, _Rule("size", 64 * KiB, GiB))
+    # The most that a merge moves in a second, per image. It makes way for the guest in any case.
+    merge_rate: int | None = _setting(None, _Rule("size", MiB, 1024 * GiB, may_be_none=True))
     # Where the shared bitmaps live; it must be a tmpfs. none: a directory of our own there.
     shared_dir: str | None = _setting(None, _Rule("path", may_be_none=True))
     # What lies in shared_dir is believed only under the boot that this file names. none: the kernel's file.
@@ -79,6 +81,7 @@ class Settings:
             max_open_bytes=self.max_open_bytes,
             avhd_limit_bytes=self.avhd_limit,
             merge_batch_bytes=self.merge_batch,
+            merge_rate=self.merge_rate,
             shared_dir=self.shared_dir,
             boot_id_file=self.boot_id_file,
         )

@@ -78,6 +78,9 @@ class GatedLayer:
         self.arrived = trio.Event()
         self.marked: list[bool] = []
 
+    def read_into_nowait(self, offset: int, buffer: bytearray | memoryview) -> bool:
+        return self.image.raw.read_into_nowait(offset, buffer)
+
     def read_nowait(self, offset: int, length: int) -> bytes | None:
         return self.image.raw.read_nowait(offset, length)
 

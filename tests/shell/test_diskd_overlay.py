@@ -17,7 +17,8 @@ from diskd.core.overlay import Mode
 from diskd.core.steps import Step, Write
 from diskd.shell.files import Files
 from diskd.shell.live_map import LiveMap
-from diskd.shell.overlay import OverlayLayer, OverlaySettings
+from diskd.shell.overlay import OverlayLayer
+from diskd.shell.overlay_settings import OverlaySettings
 from diskd.shell.raw_layer import RawLayer
 
 BLOCK = 4096

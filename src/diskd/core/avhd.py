@@ -30,7 +30,6 @@ import errno
 import struct
 import zlib
 from collections.abc import Iterable, Iterator
-from itertools import islice
 from typing import Any, Final
 
 import attrs
@@ -60,6 +59,8 @@ _CHUNK_SECTORS: Final = 2048  # the map is read and written 1 MiB at a time
 # 2**16 sectors are 32 MiB of map for 512 GiB of image at 4 KiB blocks; far above what one daemon serves.
 SECTORS_MAX: Final = 1 << 22
 _VERSION: Final = 1
+_SCAN_CELLS: Final = 1 << 16
+_NEAR_CELLS: Final = 1 << 10
 
 Cells = npt.NDArray[np.uint8]
 Run = tuple[int, int, int]  # first block, count, state
@@ -148,6 +149,10 @@ class AvhdMap:
     dirty: set[int]
     entries: int
     data_blocks: int
+    # The same memory: reading one byte of it takes a third of the time that numpy takes.
+    view: memoryview = attrs.field(
+        init=False, default=attrs.Factory(lambda self: memoryview(self.cells.data), takes_self=True)
+    )
 
     @classmethod
     def over(cls, head: Head, buffer: Any) -> "AvhdMap":
@@ -170,10 +175,25 @@ class AvhdMap:
 
     def state(self, block: int) -> int:
         """PARENT, DATA or ZERO."""
-        return (int(self.cells[block >> 2]) >> ((block & 3) * 2)) & 3
+        return (self.view[block >> 2] >> ((block & 3) * 2)) & 3
+
+    def uniform(self, first: int, count: int) -> int | None:
+        """The state that all of ``count`` blocks from ``first`` on have, or None where they differ."""
+        state = (self.view[first >> 2] >> ((first & 3) * 2)) & 3
+        if count == 1:
+            return state
+        end = first + count
+        low, high = -(-first // 4), end >> 2  # whole cells
+        if low < high and self.view[low:high].tobytes().count(state * 0x55) != high - low:
+            return None
+        edges = (*range(first, min(low * 4, end)), *range(max(high * 4, first), end))
+        return state if all(self.state(block) == state for block in edges) else None
 
     def set_range(self, first: int, count: int, state: int) -> None:
         """Give ``count`` blocks from ``first`` on one state."""
+        if count == 1:
+            self._set_one(first, state)
+            return
         end = first + count
         low, high = first >> 2, -(-end // 4)
         states = _unpack(self.cells[low:high])
@@ -185,10 +205,27 @@ class AvhdMap:
         self.cells[low:high] = _pack(states)
         self.dirty.update(range(first // BLOCKS_PER_SECTOR, (end - 1) // BLOCKS_PER_SECTOR + 1))
 
+    def _set_one(self, block: int, state: int) -> None:
+        """As ``set_range``: most writes are of one block, and numpy takes ten times as long for it."""
+        place, shift = block >> 2, (block & 3) * 2
+        cell = self.view[place]
+        before = (cell >> shift) & 3
+        self.view[place] = cell & ~(3 << shift) & 0xFF | state << shift
+        self.data_blocks += (state == DATA) - (before == DATA)
+        self.entries += (state != PARENT) - (before != PARENT)
+        self.dirty.add(block // BLOCKS_PER_SECTOR)
+
+    def release(self) -> None:
+        """Let go of the memory; nothing but ``head`` means anything afterwards."""
+        self.view.release()
+        self.cells = self.cells[:0].copy()
+        self.view = memoryview(self.cells.data)
+
     def runs(self, first: int, count: int) -> list[Run]:
         """The states of ``count`` blocks from ``first`` on, equal neighbours joined."""
-        if count == 1:
-            return [(first, 1, self.state(first))]
+        alike = self.uniform(first, count)
+        if alike is not None:
+            return [(first, count, alike)]
         low = first >> 2
         states = _unpack(self.cells[low : -(-(first + count) // 4)])[first - low * 4 :][:count]
         edges: list[int] = (np.flatnonzero(states[1:] != states[:-1]) + 1).tolist()
@@ -200,11 +237,15 @@ class AvhdMap:
         found: list[int] = []
         start = block >> 2
         while start < len(self.cells) and len(found) < limit:
-            part = self.cells[start : start + (1 << 16)]
+            part = self.cells[start : start + _SCAN_CELLS]
             if part.any():
-                numbers = (int(n) + start * 4 for n in np.flatnonzero(_unpack(part)))
-                found.extend(islice((n for n in numbers if n >= block), limit - len(found)))
-            start += 1 << 16
+                # Only what lies near the first of them is unpacked: that is eight times as large.
+                start += int(np.argmax(part != 0))
+                numbers = np.flatnonzero(_unpack(self.cells[start : start + _NEAR_CELLS])) + start * 4
+                found += numbers[numbers >= block][: limit - len(found)].tolist()
+                start += _NEAR_CELLS
+            else:
+                start += _SCAN_CELLS
         return found
 
     def take_dirty(self) -> list[tuple[int, bytes]]:

@@ -31,7 +31,11 @@ class LibrarySettings:
     checkpoint_resume_timeout_ns: int = 10 * MINUTE  # how long a held checkpoint survives a restart
     max_open_bytes: int = 4 * GiB  # bounds what a power loss over-reports under load
     avhd_limit_bytes: int | None = None  # per disk; None: as much as the file system gives
-    merge_batch_bytes: int = 4 * MiB  # one batch's copy keeps a colliding write waiting for milliseconds
+    merge_batch_bytes: int = 4 * MiB  # every batch costs two syncs; smaller ones while the guest is at work
+    merge_rate: int | None = None  # bytes per second and image; None: what the guest leaves room for
+    daemon_name: str | None = None  # of several over one root; None: the host's name
+    host_name: str | None = None  # None: the system's
+    machine_id_file: str | None = None  # None: the system's
     shared_dir: str | None = None  # where the mapped state lives; None: a directory of ours on tmpfs
     boot_id_file: str | None = None  # tells one boot from another; None: the kernel's
 

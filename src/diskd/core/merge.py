@@ -8,7 +8,7 @@ Theory of operation. One batch of blocks goes through four steps, and may die be
     punch     the AVHD's space                              nobody reads it any more
 
 Doing a batch again from the start is harmless as long as its entries stand. A guest's write meets the batch
-like this (``admit``):
+like this (``must_wait``, ``leave``):
 
     no entry                    to the parent; it cannot collide, since only blocks with entries are copied
     entry, not being cleared    to the AVHD, and the block leaves the batch: what was copied of it is stale
@@ -22,7 +22,6 @@ Likewise blocks that are always busy are *claimed*: the next write to them waits
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Literal
 
 import attrs
 
@@ -54,8 +53,6 @@ FIRM_BLOCKS_MAX = 64
 # Zeroed blocks cost no copy, so a batch takes that many more of them.
 ZEROES_FACTOR = 16
 
-Admission = Literal["parent", "avhd", "wait"]
-
 
 @attrs.define(eq=False)
 class Merge:
@@ -76,17 +73,17 @@ class Merge:
 
     def must_wait(self, first: int, count: int) -> bool:
         """Whether a write to some of these blocks has to wait."""
+        if not self.clearing and not self.claimed:
+            return False
+        if count == 1:
+            return first in self.clearing or first in self.claimed
         blocks = range(first, first + count)
         return not (self.clearing.isdisjoint(blocks) and self.claimed.isdisjoint(blocks))
 
-    def admit(self, block: int) -> Admission:
-        """Where a write to this block goes; takes it out of the batch where it must leave."""
-        if self.must_wait(block, 1):
-            return "wait"
-        if self.map.state(block) == PARENT:
-            return "parent"
-        self.batch.discard(block)
-        return "avhd"
+    def leave(self, first: int, count: int) -> None:
+        """These are written to the AVHD again: what was copied of them is stale, they leave the batch."""
+        if self.batch:
+            self.batch.difference_update(range(first, first + count))
 
     def start_batch(self, busy: Iterable[int] = ()) -> list[tuple[int, int, int]]:
         """Choose the next blocks, as runs with their state, or nothing where no entry can be taken now.

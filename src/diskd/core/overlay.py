@@ -51,6 +51,30 @@ def block_span(map_: AvhdMap, offset: int, length: int) -> tuple[int, int]:
     return first, (offset + length - 1) // size + 1 - first
 
 
+def quick(map_: AvhdMap, merge: Merge | None, offset: int, length: int) -> Literal["parent", "avhd"] | None:
+    """Where a whole write goes that has one destination, and needs nothing of what was there; None for any
+    other, and where it has to wait: ``plan_write`` tells more. Its blocks have left the merge's batch then.
+
+    The common cases of plan_write, for a tenth of its time: blocks that are all of one state.
+    """
+    size = map_.head.block_bytes
+    end = offset + length
+    first = offset // size
+    count = (end - 1) // size + 1 - first
+    state = map_.uniform(first, count)
+    if state is None:
+        return None
+    if merge is not None:
+        if merge.must_wait(first, count):
+            return None
+        if state == PARENT:
+            return "parent"
+        merge.leave(first, count)
+    if state == DATA or (offset % size == 0 and (end % size == 0 or end == map_.head.size_bytes)):
+        return "avhd"
+    return None
+
+
 def plan_write(map_: AvhdMap, merge: Merge | None, offset: int, length: int) -> list[Piece] | None:
     """The pieces of a write, in order; ``merge`` is None in mode FORKED.
 
@@ -61,8 +85,7 @@ def plan_write(map_: AvhdMap, merge: Merge | None, offset: int, length: int) -> 
     if merge is not None:
         if merge.must_wait(first, count):
             return MUST_WAIT
-        for block in merge.batch.intersection(range(first, first + count)) if merge.batch else ():
-            merge.admit(block)
+        merge.leave(first, count)
     pieces: list[Piece] = []
     for start, blocks, state in map_.runs(first, count):
         _plan_run(map_, pieces, (start, blocks, state), (offset, offset + length), forked=merge is None)
@@ -105,13 +128,43 @@ def new_data_blocks(map_: AvhdMap, pieces: list[Piece]) -> int:
 
 def build_block(map_: AvhdMap, piece: Piece, data: bytes, *, source: str | None) -> Script[tuple[int, bytes]]:
     """(offset, content) of the whole block of a ``copy_up``: what ``source`` holds, or zeroes, patched."""
-    size = map_.head.block_bytes
-    start = piece.offset // size * size
-    length = min(size, map_.head.size_bytes - start)
+    start, length = block_range(map_, piece)
     content = bytearray(length) if source is None else bytearray((yield Read(source, start, length)))
     content.extend(bytes(length - len(content)))
     content[piece.offset - start : piece.offset - start + piece.length] = data
     return start, bytes(content)
+
+
+def block_range(map_: AvhdMap, piece: Piece) -> tuple[int, int]:
+    """Offset and length of the block of a ``copy_up``; the image's last one may be a short one."""
+    size = map_.head.block_bytes
+    start = piece.offset // size * size
+    return start, min(size, map_.head.size_bytes - start)
+
+
+def assemble(
+    map_: AvhdMap, pieces: list[Piece], offset: int, data: bytes | memoryview, around: dict[int, bytes]
+) -> list[tuple[int, bytes]]:
+    """What is put into the AVHD, as (offset, content), neighbours joined. ``around`` has the content, by its
+    offset, of each block of the parent that is copied up."""
+    view = memoryview(data)
+    parts: list[tuple[int, bytes]] = []
+    start, joined = -1, bytearray()
+    for piece in pieces:
+        place, content = piece.offset, view[piece.offset - offset : piece.offset - offset + piece.length]
+        if piece.kind == "copy_up":
+            place, length = block_range(map_, piece)
+            block = bytearray(around[place]) if piece.base == PARENT else bytearray(length)
+            block[piece.offset - place : piece.offset - place + piece.length] = content
+            content = memoryview(block)
+        if joined and start + len(joined) != place:
+            parts.append((start, bytes(joined)))
+            joined.clear()
+        if not joined:
+            start = place
+        joined += content
+    parts.append((start, bytes(joined)))
+    return parts
 
 
 def write_avhd(map_: AvhdMap, pieces: list[Piece], offset: int, data: bytes | memoryview) -> Script[None]:

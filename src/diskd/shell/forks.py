@@ -15,7 +15,8 @@ from diskd.shell import live_map
 from diskd.shell.held import Invalidate
 from diskd.shell.live_map import LiveMap
 from diskd.shell.open_image import OpenImage
-from diskd.shell.overlay import OverlayLayer, OverlaySettings
+from diskd.shell.overlay import OverlayLayer
+from diskd.shell.overlay_settings import OverlaySettings
 
 
 @attrs.frozen

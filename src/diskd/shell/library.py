@@ -35,7 +35,7 @@ from diskd.shell.image import ImageSettings, Writer
 from diskd.shell.images import STOP_SECONDS, Images
 from diskd.shell.imports import Progress, fill_from_file, fill_from_stream
 from diskd.shell.open_image import OpenImage
-from diskd.shell.overlay import OverlaySettings
+from diskd.shell.overlay_settings import OverlaySettings
 
 __all__ = ["Library", "Progress", "open_library"]
 
@@ -56,7 +56,9 @@ class Library:
         nursery_that_outlives_calls: trio.Nursery,
     ) -> None:
         self._images: dict[str, OpenImage] = {}
-        overlay_settings = OverlaySettings(settings.merge_batch_bytes, settings.avhd_limit_bytes)
+        overlay_settings = OverlaySettings(
+            settings.merge_batch_bytes, settings.avhd_limit_bytes, settings.merge_rate
+        )
         boot_id = image_settings.boot_id_file.read_text().strip()
         self._checkpoints = Checkpoints(
             root / "checkpoints",

@@ -1,8 +1,9 @@
 """The overlay: an AVHD over the frozen parent, as a layer of an open image (core.overlay has the plan).
 
-Small writes to whole or known blocks, and cached reads, are done in place; everything else is a script in a
-worker thread. While a call has blocks of the AVHD in work nobody else touches them (``_busy``), so that two
-copy-ups cannot lose a write and no batch of the merge takes a block that is still being written.
+Cached reads and small writes are done in place, copy-ups included where the parent's block is cached;
+everything else is a script in a worker thread. While such a call has blocks of the AVHD in work nobody else
+touches them (``busy``), so that two copy-ups cannot lose a write and no batch of the merge takes a block that
+is still being written. What is done in place is whole before anybody else runs.
 
 A write that the AVHD cannot take (B2): ``on_failure`` first invalidates the whole checkpoint, durably, and
 turns every overlay of it to merging; then the write is planned anew, and mostly goes to the parent. Where
@@ -14,42 +15,27 @@ import errno
 import os
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
-from typing import Final, Protocol, TypeVar
+from typing import Final, TypeVar
 
 import attrs
 import trio
 
 from diskd.core import avhd, overlay
 from diskd.core.avhd import DATA, PARENT, ZERO, AvhdMap, Head, SyncFailed
-from diskd.core.merge import Merge, punch
+from diskd.core.merge import Merge
 from diskd.core.overlay import Mode, Piece
-from diskd.core.ports import Allocation, Layer
+from diskd.core.ports import Allocation
 from diskd.core.steps import Script, Step, before_steps
 from diskd.shell.files import Files
 from diskd.shell.live_map import LiveMap
+from diskd.shell.merging import Merging
+from diskd.shell.overlay_settings import OverlaySettings, Parent
 
 T = TypeVar("T")
 
 # In place: what one connection may do without giving the others a turn.
-_IN_PLACE_BYTES_MAX: Final = 256 << 10
+_IN_PLACE_BYTES_MAX: Final = 1 << 20
 _ALLOCATIONS_MAX: Final = 4096
-# A parent that has no space for a batch is asked again after this long; the AVHD keeps the data meanwhile.
-_RETRY_SECONDS: Final = 1.0
-_PUNCH_RANGES: Final = 64  # one thread hop's worth: large punches hold up other I/O to the file
-
-
-class Parent(Layer, Protocol):
-    """The frozen layer: the raw file."""
-
-    def note_change(self) -> None: ...
-
-
-@attrs.frozen
-class OverlaySettings:
-    """``avhd_limit_bytes``: how much one AVHD may hold; None is as much as the file system gives."""
-
-    merge_batch_bytes: int
-    avhd_limit_bytes: int | None
 
 
 class OverlayLayer:
@@ -70,10 +56,10 @@ class OverlayLayer:
         self.map = state_map
         self.merge: Merge | None = None  # None while the checkpoint stands (Mode.FORKED)
         self.parent = parent
+        self.files = files
+        self.settings = settings
         self._directory = directory
         self._live = live
-        self._files = files
-        self._settings = settings
         self._on_failure = on_failure
         self._fail = fail
         self._failure: str | None = None
@@ -82,10 +68,14 @@ class OverlayLayer:
         self._no_wait_flag = os.RWF_NOWAIT
         # Until the parent's first sync after the cut it may hold writes that a guest's FLUSH speaks of.
         self.parent_is_synced = False
-        self._map_lock = trio.Lock()  # one writer of the map's file at a time
-        self._busy: dict[object, range] = {}
+        # Whether the AVHD got anything since a flush last began; a recovered one may have.
+        self._is_written = True
+        self.map_turn = trio.Lock()  # one writer of the map's file at a time
+        self.busy: dict[object, range] = {}
+        self.calls = 0  # how often the guest has asked for something: a merge makes way for it
+        self.slow = 0  # while the AVHD is punched nothing is done in place: it would wait for that
         self._reads: set[object] = set()
-        self._changed = trio.Event()
+        self.changed = trio.Event()
 
     @property
     def mode(self) -> Mode:
@@ -100,50 +90,59 @@ class OverlayLayer:
     def read_nowait(self, offset: int, length: int) -> bytes | None:
         if self._disposed:
             return self.parent.read_nowait(offset, length)
-        if length > _IN_PLACE_BYTES_MAX:
-            return None
-        self._check()
-        size = self.head.block_bytes
-        parts: list[bytes] = []
-        for start, count, state in self.map.runs(*overlay.block_span(self.map, offset, length)):
-            low, high = max(offset, start * size), min(offset + length, (start + count) * size)
-            part: bytes | None
-            if state == ZERO:
-                part = bytes(high - low)
-            elif state == DATA:
-                part = self._read_avhd_nowait(low, high - low)
-            else:
-                part = self.parent.read_nowait(low, high - low)
-            if part is None:
-                return None
-            parts.append(part)
-        return parts[0] if len(parts) == 1 else b"".join(parts)
-
-    def _read_avhd_nowait(self, offset: int, length: int) -> bytes | None:
         buffer = bytearray(length)
+        return bytes(buffer) if self.read_into_nowait(offset, buffer) else None
+
+    def read_into_nowait(self, offset: int, buffer: bytearray | memoryview) -> bool:
+        length = len(buffer)
+        if self._disposed:
+            return self.parent.read_into_nowait(offset, buffer)
+        if length > _IN_PLACE_BYTES_MAX or self.slow:
+            return False
+        self._check()
+        self.calls += 1
+        first, count = overlay.block_span(self.map, offset, length)
+        state = self.map.uniform(first, count)
+        if state is not None:
+            return self._fill(state, offset, buffer)
+        size = self.head.block_bytes
+        view = memoryview(buffer)
+        for start, blocks, state_of_run in self.map.runs(first, count):
+            low, high = max(offset, start * size), min(offset + length, (start + blocks) * size)
+            if not self._fill(state_of_run, low, view[low - offset : high - offset]):
+                return False
+        return True
+
+    def _fill(self, state: int, offset: int, buffer: bytearray | memoryview) -> bool:
+        """A part that lies in blocks of one state."""
+        if state == PARENT:
+            return self.parent.read_into_nowait(offset, buffer)
+        if state == ZERO:
+            buffer[:] = bytes(len(buffer))
+            return True
         try:
-            done = os.preadv(self._descriptor, [buffer], offset, self._no_wait_flag)
+            return os.preadv(self._descriptor, (buffer,), offset, self._no_wait_flag) == len(buffer)
         except BlockingIOError:
-            return None
+            return False
         except OSError as error:
             if error.errno != errno.EOPNOTSUPP or not self._no_wait_flag:
                 raise
             self._no_wait_flag = 0  # tmpfs has no such flag, and never waits
-            return self._read_avhd_nowait(offset, length)
-        return bytes(buffer) if done == length else None
+            return self._fill(state, offset, buffer)
 
     async def read(self, offset: int, length: int) -> bytes:
         if self._disposed:
             return await self.parent.read(offset, length)
         self._check()
+        self.calls += 1
         runs = self.map.runs(*overlay.block_span(self.map, offset, length))
         token = object()
         self._reads.add(token)
         try:
-            return await self._files.run(overlay.read(self.head.block_bytes, runs, offset, length))
+            return await self.files.run(overlay.read(self.head.block_bytes, runs, offset, length))
         finally:
             self._reads.discard(token)
-            self._notify()
+            self.notify()
 
     async def allocation(self, offset: int, length: int) -> list[Allocation]:
         found: list[Allocation] = []
@@ -170,27 +169,59 @@ class OverlayLayer:
     # --- writing ---------------------------------------------------------------------------------------
 
     def write_nowait(self, offset: int, data: bytes | memoryview) -> bool:
-        length = len(data)
         if self._disposed:
             return self.parent.write_nowait(offset, data)
-        if length > _IN_PLACE_BYTES_MAX:
+        length = len(data)
+        if length > _IN_PLACE_BYTES_MAX or self._failure is not None:
+            return False  # the other form says why
+        self.calls += 1
+        if self.busy and self._is_busy(overlay.block_span(self.map, offset, length)):
             return False
-        self._check()
-        if self._is_busy(overlay.block_span(self.map, offset, length)):
-            return False
-        pieces = overlay.plan_write(self.map, self.merge, offset, length)
-        if pieces is None:
-            return False
-        kinds = {piece.kind for piece in pieces}
-        if kinds == {"parent"}:
+        where = overlay.quick(self.map, self.merge, offset, length)
+        if where == "parent":
             return self.parent.write_nowait(offset, data)
-        if kinds != {"avhd"} or not self._has_room(pieces):
+        if self.slow:
+            return False
+        if where is None:
+            return self._write_pieces_nowait(offset, data)
+        first, count = overlay.block_span(self.map, offset, length)
+        is_new = self.map.uniform(first, count) != DATA
+        if is_new and not self._has_room(count):
             return False
         try:
             if os.pwrite(self._descriptor, data, offset) != length:
                 return False
         except OSError:
             return False  # the other form meets it again, and deals with it
+        self._is_written = True
+        if is_new:
+            self.map.set_range(first, count, DATA)
+        return True
+
+    def _write_pieces_nowait(self, offset: int, data: bytes | memoryview) -> bool:
+        """Blocks of several states, or with a copy-up: in place where the parent's part is at hand."""
+        pieces = overlay.plan_write(self.map, self.merge, offset, len(data))
+        if pieces is None or any(piece.kind == "parent" for piece in pieces):
+            return False
+        if not self._has_room(overlay.new_data_blocks(self.map, pieces)):
+            return False
+        around: dict[int, bytes] = {}
+        for piece in pieces:
+            if piece.kind == "copy_up" and piece.base == PARENT:
+                start, length = overlay.block_range(self.map, piece)
+                block = self.parent.read_nowait(start, length)
+                if block is None:
+                    return False
+                around[start] = block
+        try:
+            for start, part in overlay.assemble(self.map, pieces, offset, data, around):
+                if os.pwrite(self._descriptor, part, start) != len(part):
+                    return False
+        except OSError:
+            return (
+                False  # what was written means nothing where there is no entry, and is the guest's elsewhere
+            )
+        self._is_written = True
         overlay.commit(self.map, pieces)
         return True
 
@@ -200,6 +231,7 @@ class OverlayLayer:
 
     async def _try_write(self, offset: int, data: bytes | memoryview) -> bool:
         """False: the checkpoint was invalidated (B2), plan again."""
+        self.calls += 1
         pieces = await self._when_free(
             offset, len(data), lambda: overlay.plan_write(self.map, self.merge, offset, len(data))
         )
@@ -209,10 +241,10 @@ class OverlayLayer:
             return True
         with self._keeping(offset, len(data)):
             try:
-                if not self._has_room(pieces):
+                if planned is None and not self._has_room(overlay.new_data_blocks(self.map, pieces)):
                     raise OSError(errno.ENOSPC, "the AVHD is at its limit")
                 if any(piece.kind != "parent" for piece in pieces):
-                    await self._files.run(overlay.write_avhd(self.map, pieces, offset, data))
+                    await self.files.run(overlay.write_avhd(self.map, pieces, offset, data))
             except OSError as error:
                 if planned is not None:
                     await self._evict(planned, pieces, offset, data)
@@ -222,6 +254,7 @@ class OverlayLayer:
                     return False  # somebody else's write came first: no entry was made, plan anew
                 reason = error.strerror or str(error)
             else:
+                self._is_written = True
                 overlay.commit(self.map, pieces)
                 await self._write_parent(pieces, offset, data)
                 return True
@@ -240,10 +273,10 @@ class OverlayLayer:
         for piece in overlay.by_block(self.map, pieces):
             block = piece.offset // self.head.block_bytes
             while block in merge.copying or block in merge.clearing:
-                await self._changed.wait()
+                await self.changed.wait()
             part = bytes(view[piece.offset - offset : piece.offset - offset + piece.length])
-            async with self._map_lock:
-                await self._finally(self._noted(overlay.evict(self.map, merge, piece, part)))
+            async with self.map_turn:
+                await self.run_final(self.noted(overlay.evict(self.map, merge, piece, part)))
                 self.map.set_range(block, 1, PARENT)
 
     async def write_zeroes(self, offset: int, length: int, *, may_trim: bool) -> None:
@@ -259,39 +292,45 @@ class OverlayLayer:
         for start, count in plan.edges:
             await self.write(start, bytes(count))
 
-    def _has_room(self, pieces: list[Piece]) -> bool:
-        limit = self._settings.avhd_limit_bytes
+    def _has_room(self, new_blocks: int) -> bool:
+        limit = self.settings.avhd_limit_bytes
         if limit is None or self.merge is not None:
             return True
-        blocks = self.map.data_blocks + overlay.new_data_blocks(self.map, pieces)
-        return blocks * self.head.block_bytes <= limit
+        return (self.map.data_blocks + new_blocks) * self.head.block_bytes <= limit
 
     # --- durability ------------------------------------------------------------------------------------
 
     async def flush(self) -> None:
         """AVHD data, then its map, then the parent wherever it holds unsynced writes."""
-        async with self._map_lock:
+        async with self.map_turn:
             if not self._disposed:
                 self._check()
-                sectors = self.map.take_dirty()
-                try:
-                    await self._finally(avhd.flush(sectors, parent=False))
-                except BaseException:  # cancelled too: what was not written must be written by the next one
-                    self.map.dirty.update(index for index, _ in sectors)
-                    raise
+                await self._flush_avhd()
         if self._disposed or self.merge is not None or not self.parent_is_synced:
             await self.parent.flush()
 
-    async def _finally(self, script: Script[T]) -> T:
+    async def _flush_avhd(self) -> None:
+        if not self._is_written and not self.map.dirty:
+            return
+        sectors = self.map.take_dirty()
+        self._is_written = False  # what is written from here on may be missed by the sync
+        try:
+            await self.run_final(avhd.flush(sectors, parent=False))
+        except BaseException:  # cancelled too: what was not written must be written by the next one
+            self._is_written = True
+            self.map.dirty.update(index for index, _ in sectors)
+            raise
+
+    async def run_final(self, script: Script[T]) -> T:
         """Run a script whose failed sync is the end of this image until it is reopened."""
         try:
-            return await self._files.run(script)
+            return await self.files.run(script)
         except SyncFailed as error:
             self._failure = error.strerror or str(error)
             self._fail(self._failure)
             raise
 
-    def _noted(self, script: Script[T]) -> Script[T]:
+    def noted(self, script: Script[T]) -> Script[T]:
         """The script, which writes to the parent's file past its layer; each time it does is noted, since
         its disk may be slow."""
         return before_steps(script, self._note_step)
@@ -309,9 +348,9 @@ class OverlayLayer:
     def start_merging(self) -> None:
         """The frozen view has ended (durably): blocks without an entry are the parent's from here on."""
         if self.merge is None:
-            blocks = max(1, self._settings.merge_batch_bytes // self.head.block_bytes)
+            blocks = max(1, self.settings.merge_batch_bytes // self.head.block_bytes)
             self.merge = Merge(self.map, blocks)
-            self._notify()
+            self.notify()
 
     async def run_merge(self) -> None:
         """Return when every entry is gone (B6). Raises SyncFailed.
@@ -320,59 +359,32 @@ class OverlayLayer:
         writes, looks again, and calls this once more where needed.
         """
         self.start_merging()
-        merge = self.merge
-        assert merge is not None
-        await self.flush()
-        try:
-            while not merge.is_done:
-                runs = merge.start_batch(block for blocks in self._busy.values() for block in blocks)
-                if not runs:
-                    merge.claim()
-                    await self._changed.wait()
-                    continue
-                try:
-                    await self._merge_batch(merge, runs)
-                except SyncFailed:
-                    raise
-                except OSError:
-                    await trio.sleep(_RETRY_SECONDS)
-        finally:
-            merge.unclaim()
-            self._notify()
+        assert self.merge is not None
+        await Merging(self, self.merge).run()
 
-    async def _merge_batch(self, merge: Merge, runs: list[avhd.Run]) -> None:
-        try:
-            await self._finally(self._noted(merge.copy(runs)))
-            async with self._map_lock:
-                blocks = merge.submit_clear()
-                await self._finally(merge.clear(blocks))
-                ranges = merge.forget()
-        finally:
-            merge.abandon_batch()
-            self._notify()
-        await self._reads_ended()
-        for start in range(0, len(ranges), _PUNCH_RANGES):
-            # A file system that cannot punch keeps the space until the AVHD is removed.
-            with contextlib.suppress(OSError):
-                await self._files.run(punch(ranges[start : start + _PUNCH_RANGES]))
-
-    async def _reads_ended(self) -> None:
+    async def reads_ended(self) -> None:
         """Return when no read is under way that was submitted before now."""
         earlier = set(self._reads)
         while earlier & self._reads:
-            await self._changed.wait()
+            await self.changed.wait()
 
     # --- ending ----------------------------------------------------------------------------------------
 
     async def dispose(self) -> None:
         """The image's layer is the parent again: forget the AVHD. Late calls go to the parent."""
-        async with self._map_lock:
+        async with self.map_turn:
             self._disposed = True
-            self._notify()
-            await self._reads_ended()
-            await self._files.run(avhd.remove())
+            self.notify()
+            await self.reads_ended()
+        descriptor, self._descriptor = self._descriptor, -1
+        try:
+            await self.files.run(avhd.remove())
+        finally:
             self._let_go()
-            self._live.close()
+            # The last one to let go of a removed file gives its space back, and that takes a while.
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(os.close, descriptor)
+                await trio.to_thread.run_sync(self._live.close)
         with contextlib.suppress(OSError):
             os.rmdir(self._directory / avhd.DIRECTORY)
 
@@ -399,8 +411,9 @@ class OverlayLayer:
 
     def _let_go(self) -> None:
         self._disposed = True
-        os.close(self._descriptor)
-        self.map.cells = self.map.cells[:0].copy()
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+        self.map.release()
 
     # --- blocks in work --------------------------------------------------------------------------------
 
@@ -412,27 +425,27 @@ class OverlayLayer:
                 made = plan()
                 if made is not None:
                     return made
-            await self._changed.wait()
+            await self.changed.wait()
         return None
 
     @contextlib.contextmanager
     def _keeping(self, offset: int, length: int) -> Iterator[None]:
         first, count = overlay.block_span(self.map, offset, length)
         token = object()
-        self._busy[token] = range(first, first + count)
+        self.busy[token] = range(first, first + count)
         try:
             yield
         finally:
-            del self._busy[token]
-            self._notify()
+            del self.busy[token]
+            self.notify()
 
     def _is_busy(self, span: tuple[int, int]) -> bool:
         first, end = span[0], span[0] + span[1]
-        return any(blocks.start < end and first < blocks.stop for blocks in self._busy.values())
+        return any(blocks.start < end and first < blocks.stop for blocks in self.busy.values())
 
-    def _notify(self) -> None:
-        self._changed.set()
-        self._changed = trio.Event()
+    def notify(self) -> None:
+        self.changed.set()
+        self.changed = trio.Event()
 
 
 def _join(found: list[Allocation], part: Allocation) -> None:

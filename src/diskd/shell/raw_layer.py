@@ -4,10 +4,11 @@ Cached reads and buffered writes happen in place; whatever may take long is one 
 a zeroing runs on the file, its other I/O goes by thread too, since the file system makes it wait.
 """
 
+import contextlib
 import errno
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Final, Protocol, TypeVar
 
 import trio
@@ -187,6 +188,15 @@ class RawLayer:
 
     async def _in_thread(self, function: Callable[..., T], *arguments: object) -> T:
         return await trio.to_thread.run_sync(function, *arguments, limiter=self._threads)
+
+    @contextlib.contextmanager
+    def by_thread(self) -> Iterator[None]:
+        """While somebody punches the file past this layer (a merge), nothing is done in place."""
+        self._slow += 1
+        try:
+            yield
+        finally:
+            self._slow -= 1
 
     def note_change(self) -> None:
         """Tell tracking that somebody who writes past this layer (a merge) is about to change the file, or

@@ -18,7 +18,6 @@ import trio
 
 from diskd.core.ports import Allocation, Layer
 from diskd.core.tracker import REQUEST_BYTES_MAX, Tracker
-from diskd.shell.raw_layer import RawLayer
 
 
 class Gate(Protocol):
@@ -120,8 +119,7 @@ class Writer:
     def read_into_nowait(self, offset: int, buffer: bytearray) -> bool:
         """As ``read_nowait``, into memory of the caller; False where a layer has no such form."""
         self._begin()
-        layer = self.image.layer
-        return isinstance(layer, RawLayer) and layer.read_into_nowait(offset, buffer)
+        return self.image.layer.read_into_nowait(offset, buffer)
 
     async def read(self, offset: int, length: int) -> bytes:
         self._begin()

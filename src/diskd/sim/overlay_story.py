@@ -250,7 +250,6 @@ class System:
                 self.merge = merge.Merge(self.map, 3)
 
     def run_merge(self) -> Task:
-        yield from self.flush_overlay()
         while True:
             assert self.map is not None
             assert self.merge is not None

@@ -1,0 +1,55 @@
+"""How fast a merge goes: how large its next batch is, and how long it rests after one.
+
+Three wishes, in this order:
+
+    space      where the file system is getting full the AVHD must go: no rest, full batches
+    limit      never more than ``rate`` bytes per second, where the operator has set one
+    the guest  while it reads or writes, the merge has a quarter of the time: a batch is kept so small that
+               it takes some milliseconds, and is followed by a rest three times as long
+
+Without a guest at work a batch is as large as allowed, since every batch costs two syncs, and nothing rests.
+A batch's size is found by trying: halved after one that took too long, doubled after one that did not.
+"""
+
+from typing import Final
+
+import attrs
+
+from daemonkit.units import MILLISECOND, SECOND
+
+# What a write may find itself waiting for: a batch, its disk included.
+BATCH_NS_GOAL: Final = 8 * MILLISECOND
+# Smaller ones would do little else than sync.
+BLOCKS_MIN: Final = 16
+# With the guest at work the merge rests so many times as long as it worked.
+REST_FACTOR: Final = 3
+# A disk that takes long for a sync must not turn every rest into an age.
+REST_NS_MAX: Final = SECOND
+
+
+@attrs.define
+class Pace:
+    """``rate``: bytes per second, or None. ``blocks_max``: the largest batch."""
+
+    rate: int | None
+    blocks_max: int
+    blocks: int = attrs.field(
+        init=False, default=attrs.Factory(lambda self: min(64, self.blocks_max), takes_self=True)
+    )
+
+    def batch_done(self, moved_bytes: int, took_ns: int, *, guest_works: bool, is_tight: bool) -> int:
+        """Called after each batch; how long to rest before the next one, in nanoseconds."""
+        if not guest_works or is_tight:
+            self.blocks = self.blocks_max
+        elif took_ns > BATCH_NS_GOAL:
+            self.blocks = max(BLOCKS_MIN, self.blocks // 2)
+        elif took_ns < BATCH_NS_GOAL // 2:
+            self.blocks = self.blocks * 2
+        self.blocks = min(self.blocks, self.blocks_max)
+        if is_tight:
+            return 0
+        rest = took_ns * REST_FACTOR if guest_works else 0
+        rest = min(rest, REST_NS_MAX)
+        if self.rate is not None:
+            rest = max(rest, moved_bytes * SECOND // self.rate - took_ns)
+        return rest

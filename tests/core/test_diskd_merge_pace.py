@@ -1,0 +1,55 @@
+"""How fast a merge goes: the guest first, the operator's limit, and a file system that is getting full."""
+
+import pytest
+
+from daemonkit.units import MILLISECOND, SECOND, MiB
+from diskd.core.merge_pace import BATCH_NS_GOAL, BLOCKS_MIN, REST_NS_MAX, Pace
+
+BLOCKS = 1024
+
+
+def run(pace: Pace, block_ns: int, batches: int, *, guest: bool = False, tight: bool = False):
+    """(blocks, took, rest) of each batch on a disk that takes so long for a block."""
+    found = []
+    for _ in range(batches):
+        blocks = pace.blocks
+        took = blocks * block_ns
+        rest = pace.batch_done(blocks * 4096, took, guest_works=guest, is_tight=tight)
+        found.append((blocks, took, rest))
+    return found
+
+
+def test_without_a_guest_nothing_rests_and_batches_are_full():
+    *_, last = run(Pace(None, BLOCKS), 50_000, 5)
+    assert last == (BLOCKS, BLOCKS * 50_000, 0)
+
+
+@pytest.mark.parametrize("block_ns", [5_000, 50_000, 200_000])
+def test_beside_a_guest_it_takes_a_quarter_of_the_time_in_short_steps(block_ns):
+    found = run(Pace(None, BLOCKS), block_ns, 50, guest=True)[10:]
+    worked, rested = sum(took for _, took, _ in found), sum(rest for _, _, rest in found)
+    assert worked * 3 == rested
+    assert max(took for _, took, _ in found) <= 2 * BATCH_NS_GOAL
+
+
+def test_a_slow_disk_gets_the_smallest_batches_and_no_endless_rests():
+    found = run(Pace(None, BLOCKS), 50 * MILLISECOND, 20, guest=True)
+    assert found[-1][0] == BLOCKS_MIN and found[-1][2] == REST_NS_MAX
+
+
+@pytest.mark.parametrize("guest", [False, True])
+@pytest.mark.parametrize("rate", [MiB, 7 * MiB, 100 * MiB])
+def test_never_faster_than_the_rate(rate, guest):
+    found = run(Pace(rate, BLOCKS), 20_000, 200, guest=guest)
+    moved = sum(blocks for blocks, _, _ in found) * 4096
+    seconds = sum(took + rest for _, took, rest in found) / SECOND
+    assert moved / seconds <= rate * 1.001
+
+
+def test_a_full_disk_comes_first():
+    found = run(Pace(MiB, BLOCKS), 50_000, 5, guest=True, tight=True)
+    assert found[-1] == (BLOCKS, BLOCKS * 50_000, 0)
+
+
+def test_a_batch_is_never_larger_than_allowed():
+    assert {blocks for blocks, _, _ in run(Pace(None, 4), 1000, 10, guest=True)} == {4}
