@@ -248,14 +248,17 @@ async def open_library(root: Path, settings: LibrarySettings | None = None) -> A
     Leaving the context closes every image cleanly. Raises OperatorError (LockHeldError, Damaged ...).
     """
     chosen = settings or LibrarySettings()
-    image_settings = ImageSettings(chosen.tracking_flush_interval_ns, chosen.max_open_bytes)
-    if chosen.shared_dir is not None:
-        image_settings = ImageSettings(
-            chosen.tracking_flush_interval_ns, chosen.max_open_bytes, Path(chosen.shared_dir)
-        )
+    usual = ImageSettings()
+    image_settings = ImageSettings(
+        chosen.tracking_flush_interval_ns,
+        chosen.max_open_bytes,
+        usual.shared_dir if chosen.shared_dir is None else Path(chosen.shared_dir),
+        usual.boot_id_file if chosen.boot_id_file is None else Path(chosen.boot_id_file),
+    )
     try:
         for path in (root, root / "images", root / "checkpoints"):
             path.mkdir(exist_ok=True, parents=path is root)
+        durable.sync_directory(root)  # what is durable inside them is nothing without their names
         lock = durable.lock_file(root / "lock")
     except OSError as error:
         raise Refused(f"{root}: {error.strerror}") from error
