@@ -6,9 +6,8 @@ import click
 
 from daemonkit.cli import SIZE, print_json
 from daemonkit.diskd_api import IMAGE_DELETE, DeleteImage, ImageName
-from daemonkit.errors import OperatorError
 from daemonkit.units import format_size
-from diskd.cli.calling import Diskd, json_option, pass_diskd, print_table
+from diskd.cli.calling import SECONDS_UNBOUNDED, Diskd, json_option, pass_diskd, print_table
 from diskd.core import calls
 from diskd.core.inventory import ImageInfo
 
@@ -101,11 +100,19 @@ def show(diskd: Diskd, name: str, as_json: bool) -> None:
 @image.command()
 @click.argument("name")
 @click.argument("size", type=SIZE)
-def resize(name: str, size: int) -> None:
-    """Grow an image: not built yet."""
-    raise OperatorError(
-        f"image resize is not built yet: to grow {name} to {format_size(size)}, create a new image and copy"
-    )
+@json_option
+@pass_diskd
+def resize(diskd: Diskd, name: str, size: int, as_json: bool) -> None:
+    """Grow image NAME to SIZE, in use or not; its reference points stay valid.
+
+    Clients that are connected keep the old size until they connect anew. Nothing happens where it has that
+    size already; a smaller one is refused, and so is any during a checkpoint or the merge after it.
+    """
+    info = diskd.call(calls.IMAGE_RESIZE, calls.ResizeImage(name, size), seconds_max=SECONDS_UNBOUNDED)
+    if as_json:
+        print_json(document(info))
+    else:
+        click.echo(f"image {info.name} has {format_size(info.size_bytes)}")
 
 
 @image.command()

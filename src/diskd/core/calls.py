@@ -29,6 +29,14 @@ class CreateImage:
 
 
 @attrs.frozen
+class ResizeImage:
+    """An existing image at another size, which is not smaller."""
+
+    image: str
+    size_bytes: int
+
+
+@attrs.frozen
 class ImportImage:
     """A new image with a file's content. ``path`` is absolute, on diskd's host."""
 
@@ -113,6 +121,7 @@ class DaemonStatus:
 IMAGE_CREATE: Final = Method("image.create", CreateImage, ImageInfo)
 IMAGE_IMPORT: Final = Method("image.import", ImportImage, ImageInfo)
 IMAGE_RECEIVE: Final = Method("image.receive", ReceiveImage, Nothing)
+IMAGE_RESIZE: Final = Method("image.resize", ResizeImage, ImageInfo)
 IMAGE_LIST: Final = Method("image.list", Nothing, ImageList)
 IMAGE_SHOW: Final = Method("image.show", ImageName, ImageInfo)
 IMAGE_RELEASE: Final = Method("image.release", ImageName, ImageInfo)

@@ -84,11 +84,13 @@ class Catalogue:
 
 @attrs.frozen
 class Span:
-    """The intervals between two points: files, and whether the active bitmap belongs to it."""
+    """The intervals between two points: files, and whether the active bitmap belongs to it. ``end_bytes``:
+    the image's size at the later one, or None for its present size."""
 
     base: Point
     segments: list[Segment]
     with_active: bool
+    end_bytes: int | None = None
 
 
 def empty(generation: UUID, *, active: int = 1) -> Catalogue:
@@ -123,6 +125,14 @@ def cut(catalogue: Catalogue, point: str, size_bytes: int, over_report_bytes: in
     points.append(Point(point, catalogue.generation, sequence, size_bytes, "pending"))
     segments = [*catalogue.segments, Segment(catalogue.active, over_report_bytes)]
     return _useful(attrs.evolve(catalogue, active=sequence, points=points, segments=segments))
+
+
+def end_interval(catalogue: Catalogue, over_report_bytes: int) -> Catalogue:
+    """The active interval ends without a point, and the next begins (a resize). Raises Refused."""
+    if len(catalogue.segments) >= POINTS_MAX:
+        raise Refused(f"the image has {POINTS_MAX} intervals: delete a point with diskctl point delete")
+    segments = [*catalogue.segments, Segment(catalogue.active, over_report_bytes)]
+    return _useful(attrs.evolve(catalogue, active=catalogue.active + 1, segments=segments))
 
 
 def validate(catalogue: Catalogue, point: str) -> Catalogue:
@@ -189,16 +199,16 @@ def span(catalogue: Catalogue, point: str, until: str | None = None) -> Span:
         raise NoSuchPoint(f"point {point} is invalid: {base.reason}")
     if base.state == "pending":
         raise NoSuchPoint(f"point {point} is pending: its backup was never confirmed; settle it, or {REMEDY}")
-    end = catalogue.active + 1
+    end, end_bytes = catalogue.active + 1, None
     if until is not None:
         last = catalogue.find(until)
         if last.state == "invalid":
             raise NoSuchPoint(f"point {until} is invalid: {last.reason}")
         if last.sequence < base.sequence:
             raise NoSuchPoint(f"point {point} is newer than {until}: {REMEDY}")
-        end = last.sequence
+        end, end_bytes = last.sequence, last.size_bytes
     segments = [one for one in catalogue.segments if base.sequence <= one.interval < end]
-    return Span(base, segments, until is None)
+    return Span(base, segments, until is None, end_bytes)
 
 
 def damaged(point: str, reason: str) -> NoSuchPoint:

@@ -3,6 +3,7 @@
     clean          the header says so and the raw file looks as it did then: exact
     daemon_crash   same boot, and the shared bitmap of the header's nonce is there: exact
     power_loss     the durable bitmap plus every open region: a superset, bounded (T3)
+    resized        a resize was finished (core.resize), nobody had it open since: exact
     new_generation continuity is in doubt (T4): a side file is damaged, missing or foreign, or the raw file
                    was changed outside: every point becomes invalid, the reason is kept with it
 
@@ -24,7 +25,7 @@ from diskd.core.shared import SharedArea, SharedMemory, create_area, open_area
 from diskd.core.steps import Read, Replace, Script, Size, Sync
 from diskd.errors import Damaged
 
-How = Literal["clean", "daemon_crash", "power_loss", "new_generation"]
+How = Literal["clean", "daemon_crash", "power_loss", "resized", "new_generation"]
 
 
 @attrs.frozen
@@ -183,9 +184,15 @@ def _next_header(around: Surroundings, found: _Found, root: rct.Root, nonce: byt
         next_nonce=mrt.NO_NONCE,
         sequence=found.header.sequence + 1,
         root_sequence=root.sequence,
-        time_ns=max(around.raw.mtime_ns, around.raw.ctime_ns, found.header.time_ns, found.table.time_ns),
+        time_ns=_latest(around, found.header.time_ns, found.table.time_ns),
         raw=around.raw,
     )
+
+
+def _latest(around: Surroundings, *known_ns: int) -> int:
+    """The time from which on writes are possible: writes to regions that are open already, and those of a
+    merge, reach the raw file before any record of the MRT says so."""
+    return max(around.now_ns, around.raw.mtime_ns, around.raw.ctime_ns, *known_ns)
 
 
 def _differing(geometry: Geometry, bits: memoryview, pages: Mapping[int, bytes]) -> PageMap:
@@ -240,7 +247,7 @@ def _from_disk(identity: Identity, around: Surroundings, found: _Found) -> Scrip
         if nonce != mrt.NO_NONCE:
             around.memory.remove(nonce)
     return Recovered(
-        "clean" if found.header.clean and not any(found.table.open_regions) else "power_loss",
+        _how(found),
         None,
         area,
         root,
@@ -249,6 +256,14 @@ def _from_disk(identity: Identity, around: Surroundings, found: _Found) -> Scrip
         found.table.open_regions,
         bytearray(geometry.page_count),
     )
+
+
+def _how(found: _Found) -> How:
+    if any(found.table.open_regions):
+        return "power_loss"
+    if found.header.clean:
+        return "clean"
+    return "resized" if found.header.nonce == mrt.NO_NONCE else "power_loss"
 
 
 def _add_open_regions(geometry: Geometry, bits: memoryview, open_regions: bytearray) -> int:
@@ -289,7 +304,7 @@ def _new_generation(
         next_nonce=mrt.NO_NONCE,
         sequence=1,
         root_sequence=root.sequence,
-        time_ns=max(around.raw.mtime_ns, around.raw.ctime_ns),
+        time_ns=_latest(around),
         raw=around.raw,
     )
     area.time_ns = header.time_ns

@@ -65,6 +65,10 @@ class Tracker:
     """Made from what recovery found. Everything here is synchronous and happens in one step of the loop."""
 
     def __init__(self, identity: Identity, recovered: Recovered, *, max_open_bytes: int) -> None:
+        self._max_open_bytes = max_open_bytes
+        self._begin(identity, recovered)
+
+    def _begin(self, identity: Identity, recovered: Recovered) -> None:
         geometry = identity.geometry
         self.identity = identity
         self.generation: UUID = recovered.header.generation
@@ -74,7 +78,7 @@ class Tracker:
         self.catalogue = recovered.catalogue
         self.frozen: Frozen | None = None
         self.prepared: SharedArea | None = None
-        self._limit = max_open_bytes // geometry.region_bytes
+        self._limit = self._max_open_bytes // geometry.region_bytes
         self._region_shift = geometry.region_shift
         self._block_shift = geometry.block_shift
         self._page_shift = geometry.block_shift + (8 * geometry.page_bytes).bit_length() - 1
@@ -254,6 +258,14 @@ class Tracker:
         self.catalogue, self.root, self.header = catalogue, root, header
         return area
 
+    def resized(self, identity: Identity, recovered: Recovered) -> SharedArea:
+        """The image has grown, durably, with nothing under way. Returns the area of the ended interval."""
+        if self.frozen is not None or self.prepared is not None or self._committing or self._flushing:
+            raise InvariantBroken("a resize in the middle of a cut, a commit or a flush")
+        area = self.area
+        self._begin(identity, recovered)
+        return area
+
     def release(self) -> None:
         """Let go of the shared memory: nothing can be admitted any more."""
         for area in (self.area, self.prepared, self.frozen.area if self.frozen else None):
@@ -279,11 +291,11 @@ def next_header(tracker: Tracker, **changes: Any) -> mrt.Header:
     return attrs.evolve(header, sequence=header.sequence + 1, **changes)
 
 
-def store_interval(tracker: Tracker, frozen: Frozen, catalogue: Catalogue) -> Script[None]:
-    """Make the frozen interval durable in a file of its own, if ``catalogue`` (after the cut) needs it."""
-    number = frozen.area.interval
+def store_interval(tracker: Tracker, area: SharedArea, catalogue: Catalogue) -> Script[None]:
+    """Make an ended interval durable in a file of its own, if ``catalogue`` (from after its end) needs it."""
+    number = area.interval
     if any(segment.interval == number for segment in catalogue.segments):
-        pages = page_map(frozen.area.bits, tracker.identity.geometry.page_bytes)
+        pages = page_map(area.bits, tracker.identity.geometry.page_bytes)
         data = interval_file.encode(tracker.identity, tracker.generation, number, pages)
         yield Replace(interval_file.file_name(number), data)
 

@@ -49,6 +49,7 @@ class Control:
         registry.add(api.LEASE_SHOW, self._lease_show)
         registry.add(api.IMAGE_ACTIVITY, self._activity)
         registry.add(calls.IMAGE_CREATE, self._image_create)
+        registry.add(calls.IMAGE_RESIZE, self._image_resize)
         registry.add(calls.IMAGE_LIST, self._image_list)
         registry.add(calls.IMAGE_SHOW, self._image_show)
         registry.add(api.IMAGE_DELETE, self._image_delete)
@@ -83,6 +84,9 @@ class Control:
 
     async def _image_create(self, params: calls.CreateImage, _call: Call) -> ImageInfo:
         return await self._library.create_image(params.image, params.size_bytes)
+
+    async def _image_resize(self, params: calls.ResizeImage, _call: Call) -> ImageInfo:
+        return await self._library.resize_image(params.image, params.size_bytes)
 
     async def _image_list(self, _params: calls.Nothing, _call: Call) -> calls.ImageList:
         return calls.ImageList(self._library.images())

@@ -37,6 +37,7 @@ class Cut:
 
     async def prepare(self) -> None:
         image, tracker = self._image, self._image.tracker
+        # A resize may come before our turn: what depends on the size is looked up only then.
         async with image.flush_turn:
             image.require_working()
             if tracker.prepared is not None or tracker.frozen is not None:
@@ -81,7 +82,7 @@ class Cut:
             catalogue = points.cut(
                 tracker.catalogue, frozen.point, image.size_bytes, frozen.area.over_report_bytes
             )
-            await image.perform(store_interval(tracker, frozen, catalogue), refusable=True)
+            await image.perform(store_interval(tracker, frozen.area, catalogue), refusable=True)
             try:
                 await image.raw.flush()
             except OSError as error:

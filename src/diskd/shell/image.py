@@ -232,6 +232,11 @@ class Image:
             raise
         self.require_working()
 
+    def resized(self, identity: Identity) -> None:
+        """Its files have this size now (shell.resizing). Connected clients keep the size they were told."""
+        self.identity = identity
+        self.size_bytes = self.raw.size_bytes = identity.geometry.size_bytes
+
     def fail(self, reason: str) -> None:
         """A sync failed: everything answers EIO until the image is reopened."""
         if self.failure is None:

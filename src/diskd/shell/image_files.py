@@ -10,7 +10,7 @@ import attrs
 
 from daemonkit import durable
 from daemonkit.units import format_size
-from diskd.core import interval, mrt, recovery
+from diskd.core import interval, mrt, recovery, resize
 from diskd.core.geometry import IMAGE_TOML, RAW, Identity, decode_identity, encode_identity
 from diskd.core.points import Catalogue
 from diskd.core.recovery import Recovered
@@ -84,12 +84,31 @@ def open_blocking(directory: Path, settings: ImageSettings) -> OpenFiles:
         shared = SharedDirectory(settings.shared_dir, identity.uuid)
         undo.callback(shared.close)
         try:
+            _lock_raw(name, files)
+            # A crashed daemon may have renamed and not come to this; recovery relies on what it reads.
+            durable.sync_directory(directory)
+            identity = _finish_resize(identity, settings, files)
             recovered = _recover(directory, identity, settings, files, shared, boot_id)
         except OSError as error:
             where = error.filename or directory
             raise Refused(f"{name}: cannot be opened: {where}: {error.strerror or error}") from error
         undo.pop_all()
     return OpenFiles(directory, identity, settings, files, shared, recovered)
+
+
+def _lock_raw(name: str, files: Files) -> None:
+    try:
+        descriptor = files.descriptor(RAW)
+    except FileNotFoundError as error:
+        raise Damaged(f"{name}: {RAW} is missing; restore it from a backup") from error
+    qemu_locks.lock(descriptor, name)
+
+
+def _finish_resize(identity: Identity, settings: ImageSettings, files: Files) -> Identity:
+    script = resize.resume(
+        identity, settled_facts(files), now_ns=now_ns(), interval_ns=settings.tracking_flush_interval_ns
+    )
+    return files.run_blocking(script)
 
 
 def _recover(
@@ -100,9 +119,13 @@ def _recover(
     shared: SharedDirectory,
     boot_id: UUID,
 ) -> Recovered:
-    facts = _lock_raw(directory.name, files, identity.geometry.size_bytes)
-    # A crashed daemon may have renamed and not come to this; recovery relies on what it reads.
-    durable.sync_directory(directory)
+    facts = settled_facts(files)
+    size_bytes = identity.geometry.size_bytes
+    if facts.size_bytes != size_bytes:
+        raise Damaged(
+            f"{directory.name}: {RAW} has {format_size(facts.size_bytes)}, {IMAGE_TOML} says"
+            f" {format_size(size_bytes)}; restore it from a backup"
+        )
     around = recovery.Surroundings(
         memory=shared,
         boot_id=boot_id,
@@ -116,21 +139,6 @@ def _recover(
     shared.remove_others(recovered.area.nonce)
     _remove_orphans(directory, recovered.catalogue)
     return recovered
-
-
-def _lock_raw(name: str, files: Files, size_bytes: int) -> mrt.RawFacts:
-    try:
-        descriptor = files.descriptor(RAW)
-    except FileNotFoundError as error:
-        raise Damaged(f"{name}: {RAW} is missing; restore it from a backup") from error
-    qemu_locks.lock(descriptor, name)
-    facts = settled_facts(files)
-    if facts.size_bytes != size_bytes:
-        raise Damaged(
-            f"{name}: {RAW} has {format_size(facts.size_bytes)}, {IMAGE_TOML} says {format_size(size_bytes)};"
-            " restore it from a backup"
-        )
-    return facts
 
 
 def _remove_orphans(directory: Path, catalogue: Catalogue) -> None:

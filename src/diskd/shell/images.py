@@ -23,7 +23,7 @@ from diskd.core.geometry import BLOCK_BYTES_DEFAULT, RAW, REGION_BYTES_DEFAULT, 
 from diskd.core.inventory import ImageInfo, check_name
 from diskd.core.lease import LeaseState
 from diskd.errors import Refused
-from diskd.shell import directories
+from diskd.shell import directories, resizing
 from diskd.shell.checkpoints import Checkpoints
 from diskd.shell.image import Image, ImageSettings, Writer
 from diskd.shell.image_files import adopt_blocking
@@ -107,7 +107,7 @@ class Images:
     @contextlib.contextmanager
     def _working_on(self, name: str) -> Iterator[None]:
         if name in self._in_work:
-            raise Refused(f"image {name} is being created, opened, released or deleted: wait for that")
+            raise Refused(f"image {name} is being made, opened, resized, released or deleted: wait for that")
         self._in_work.add(name)
         try:
             yield
@@ -218,6 +218,12 @@ class Images:
         self._closed.pop(name, None)
         self._opened[name] = image
         await self._nursery.start(image.image.run)
+
+    async def resize(self, name: str, size_bytes: int) -> ImageInfo:
+        """Grow it. Its present size is fine; refused while it is part of a checkpoint."""
+        with self._working_on(name):
+            await resizing.resize(self.find(name), size_bytes)
+            return self.show(name)
 
     async def delete(self, name: str, *, dry_run: bool = False) -> list[str]:
         """The paths that are (or, dry, would be) removed. Refused while the image is in use."""

@@ -121,6 +121,10 @@ class Library:
         """Several new images, filled by the body of the ``async with``; all or none."""
         return self._lives.new_images(sizes)
 
+    async def resize_image(self, name: str, size_bytes: int) -> ImageInfo:
+        """Grow it; connected clients keep the size they were told. Refused during a checkpoint or merge."""
+        return await self._lives.resize(name, size_bytes)
+
     async def delete_image(self, name: str, *, dry_run: bool = False) -> list[str]:
         """The paths that are (or, dry, would be) removed. Refused while the image is in use."""
         return await self._lives.delete(name, dry_run=dry_run)

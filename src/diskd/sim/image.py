@@ -14,14 +14,14 @@ from uuid import UUID
 
 import attrs
 
-from diskd.core import interval, mrt, points, recovery
+from diskd.core import interval, mrt, points, recovery, resize
 from diskd.core.changes import report
 from diskd.core.extents import page_map
-from diskd.core.geometry import RAW, Geometry, Identity
+from diskd.core.geometry import IMAGE_TOML, RAW, Geometry, Identity, decode_identity, encode_identity
 from diskd.core.points import Catalogue
 from diskd.core.ports import ChangeReport
 from diskd.core.shared import create_area
-from diskd.core.steps import Punch, Script, Step, Sync, Truncate, Write
+from diskd.core.steps import Punch, Replace, Script, Step, Sync, Truncate, Write
 from diskd.core.tracker import (
     Tracker,
     commit,
@@ -33,6 +33,7 @@ from diskd.core.tracker import (
     store_interval,
     switch_interval,
 )
+from diskd.errors import Damaged
 from diskd.sim.disk import SimDisk
 
 Task: TypeAlias = Generator[Step | None, Any, None]
@@ -54,9 +55,10 @@ class OracleMismatch(AssertionError):
 
 @attrs.define
 class _Cut:
-    """What the oracle knows of a point: content at its cut, blocks admitted since."""
+    """What the oracle knows of a point: content at its cut, blocks admitted since, up to which size."""
 
     content: dict[int, bytes]
+    size_bytes: int
     admitted: set[int] = attrs.Factory(set)
 
 
@@ -71,7 +73,7 @@ class SimImage:
         self.confirmed: set[str] = set()
         self.deleting: set[str] = set()
         self.now_ns = 1_000_000_000_000
-        self._raw_time_ns = self.now_ns
+        self.raw_time_ns = self.now_ns
         self._version = 0
         self._point = 0
         self.disk.run(self._create())
@@ -81,15 +83,27 @@ class SimImage:
         yield Truncate(RAW, GEOMETRY.size_bytes)
         yield Sync(RAW)
         yield from recovery.create(self.identity, self._uuid(), self._facts())
+        yield Replace(IMAGE_TOML, encode_identity(self.identity))
 
     def _uuid(self) -> UUID:
         return UUID(int=self.rng.getrandbits(128))
 
     def _facts(self) -> mrt.RawFacts:
-        return mrt.RawFacts(GEOMETRY.size_bytes, self._raw_time_ns, self._raw_time_ns, 1)
+        return mrt.RawFacts(self.disk.size(RAW), self.raw_time_ns, self.raw_time_ns, 1)
 
     def power_on(self) -> recovery.Recovered:
         """Recover and be ready. Raises Crashed in the middle where the disk is told so."""
+        identity = decode_identity(self.disk.peek(IMAGE_TOML))
+        script = resize.resume(identity, self._facts(), now_ns=self.now_ns, interval_ns=_INTERVAL_NS)
+        was = self.disk.size(RAW)
+        try:
+            self.identity = self.disk.run(script)
+        finally:
+            if self.disk.size(RAW) != was:
+                self.raw_time_ns = self.now_ns
+        if self.disk.size(RAW) != self.size_bytes:
+            raise Damaged("the raw file has another size than image.toml says")
+        self._oracle_grows()
         around = recovery.Surroundings(
             memory=self.disk.shared,
             boot_id=UUID(int=self.disk.boot),
@@ -100,13 +114,17 @@ class SimImage:
             fresh_generation=self._uuid(),
         )
         recovered = self.disk.run(recovery.recover(self.identity, around))
-        bound = OPEN_REGIONS_MAX * GEOMETRY.region_bytes
+        bound = OPEN_REGIONS_MAX * self.identity.geometry.region_bytes
         self.tracker = Tracker(self.identity, recovered, max_open_bytes=bound)
         self._tasks: list[tuple[Task, Any]] = []
         self._busy: set[str] = set()
         self._held = False
         self._writes = 0
         return recovered
+
+    @property
+    def size_bytes(self) -> int:
+        return self.identity.geometry.size_bytes
 
     # --- scheduling --------------------------------------------------------------------------------
 
@@ -133,8 +151,8 @@ class SimImage:
         if step is None:
             return None
         result = self.disk.execute(step)
-        if step.file == RAW and isinstance(step, Write | Punch):
-            self._raw_time_ns = self.now_ns
+        if step.file == RAW and isinstance(step, Write | Punch | Truncate):
+            self.raw_time_ns = self.now_ns
         return result
 
     def _turn(self, name: str) -> Iterator[None]:
@@ -229,7 +247,7 @@ class SimImage:
         point = f"rp-{self._point:016x}"
         self.tracker.freeze(point)
         self.switch_layer()
-        self.oracle[point] = _Cut(self.disk.content(RAW))
+        self.oracle[point] = _Cut(self.disk.content(RAW), self.size_bytes)
         self._held = False
         yield None
         yield from self._cancel() if cancel else self._persist(point, confirm=confirm)
@@ -255,8 +273,8 @@ class SimImage:
         frozen = tracker.frozen
         assert frozen is not None
         over = frozen.area.over_report_bytes
-        catalogue = points.cut(tracker.catalogue, frozen.point, GEOMETRY.size_bytes, over)
-        yield from store_interval(tracker, frozen, catalogue)
+        catalogue = points.cut(tracker.catalogue, frozen.point, self.size_bytes, over)
+        yield from store_interval(tracker, frozen.area, catalogue)
         yield Sync(RAW)
         yield from self._turn("commit")
         header = next_header(tracker, nonce=tracker.area.nonce, next_nonce=mrt.NO_NONCE)
@@ -278,6 +296,11 @@ class SimImage:
         for segment in before.segments:
             if segment not in self.tracker.catalogue.segments:
                 yield from remove_segment(segment)
+        self._busy.remove("catalogue")
+        yield from self._join()
+
+    def _join(self) -> Task:
+        yield from self._turn("catalogue")
         while (pair := points.joinable(self.tracker.catalogue)) is not None:
             tracker = self.tracker
             script = join_segments(self.identity, tracker.generation, tracker.catalogue, pair)
@@ -288,6 +311,38 @@ class SimImage:
     def _replace(self, catalogue: Catalogue) -> Task:
         yield from replace_catalogue(self.identity, catalogue)
         self.tracker.catalogue = catalogue
+
+    def resize(self, size_bytes: int) -> Task:
+        """shell.resize.grow: reserve, hold, record, carry out."""
+        yield from self._turn("cut")
+        identity = resize.grown(self.identity, size_bytes)
+        if identity != self.identity:
+            yield from self._grow(identity)
+            yield from self._join()
+        self._busy.remove("cut")
+
+    def _grow(self, identity: Identity) -> Task:
+        tracker = self.tracker
+        nonce, active = self.rng.randbytes(16), tracker.catalogue.active + 1
+        generation, boot = tracker.generation, tracker.header.boot_id
+        area = create_area(self.disk.shared, identity, generation, boot, nonce, active)
+        yield from resize.reserve(identity)
+        self._held = True
+        while self._writes:
+            yield None
+        for turn in ("flush", "catalogue", "commit"):
+            yield from self._turn(turn)
+        intent = resize.plan(tracker, self._facts(), identity.geometry.size_bytes, self.now_ns)
+        yield from resize.record(tracker, intent)
+        area.time_ns = self.now_ns + _INTERVAL_NS // 5
+        header = resize.live_header(tracker, intent, nonce)
+        yield from resize.carry_out(identity, intent, header)
+        old = tracker.resized(identity, resize.recovered(identity, intent, header, area))
+        self.identity = identity
+        self._oracle_grows()
+        self.disk.shared.remove(old.nonce)
+        self._held = False
+        self._busy.difference_update(("commit", "catalogue", "flush"))
 
     def close(self) -> Task:
         """Image.close, with no other task about."""
@@ -310,7 +365,15 @@ class SimImage:
     def random_write(self) -> Task:
         """A few blocks, mostly near the borders of regions, pages and records."""
         block = self.rng.choice(_HOT_BLOCKS) + self.rng.randrange(3)
-        return self.write(block, self.rng.choice((1, 1, 2, 9)) if block < 32_001 - 9 else 1)
+        count = self.rng.choice((1, 1, 2, 9)) if block < 32_001 - 9 else 1
+        added = self.size_bytes // BLOCK_BYTES - 32_006
+        if added > 0 and self.rng.random() < 0.4:
+            block, count = 32_004 + self.rng.randrange(added), self.rng.choice((1, 2))
+        return self.write(block, count)
+
+    def random_resize(self) -> Task:
+        """A little or a lot larger, so that pages and records of the side files are added, or none."""
+        return self.resize(self.size_bytes + self.rng.choice((1, 9, 700, 5_000, 40_000)) * BLOCK_BYTES)
 
     # --- the oracle --------------------------------------------------------------------------------
 
@@ -328,7 +391,14 @@ class SimImage:
             for area in (self.tracker.area, *((frozen.area,) if frozen else ())):
                 closed.append(page_map(area.bits, GEOMETRY.page_bytes))
                 over += area.over_report_bytes
-        return report(GEOMETRY, span, interval.unite(closed), active_over_report_bytes=over)
+        return report(self.identity.geometry, span, interval.unite(closed), active_over_report_bytes=over)
+
+    def _oracle_grows(self) -> None:
+        """What lies beyond a point's size counts as changed since."""
+        blocks = -(-self.size_bytes // BLOCK_BYTES)
+        for cut in self.oracle.values():
+            cut.admitted.update(range(cut.size_bytes // BLOCK_BYTES, blocks))
+            cut.size_bytes = self.size_bytes
 
     def check(self) -> None:
         """T2, T3 and B3 against the oracle. Raises OracleMismatch."""

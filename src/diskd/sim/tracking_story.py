@@ -12,9 +12,12 @@ from diskd.sim.disk import Crashed
 from diskd.sim.image import OracleMismatch, SimImage
 
 # A history has about this many steps; a crash is chosen among them.
-STEPS_TYPICAL: Final = 90
+STEPS_TYPICAL: Final = 110
+# So has a recovery; one that finishes a resize has more.
+RECOVERY_STEPS_TYPICAL: Final = 36
 
 KINDS: Final = ("daemon", "power")
+_HOUR_NS: Final = 3600 * 10**9
 
 
 def prepared(seed: int) -> SimImage:
@@ -30,7 +33,8 @@ def prepared(seed: int) -> SimImage:
 
 
 def begin_story(image: SimImage) -> None:
-    """Everything at once: writes, flushes of both kinds, a cut, a cancelled cut, the deletion of a point."""
+    """Everything at once: writes, flushes of both kinds, a cut, a cancelled cut, the deletion of a point, a
+    resize."""
     rng = image.rng
     for _ in range(10):
         image.spawn(image.random_write())
@@ -42,13 +46,15 @@ def begin_story(image: SimImage) -> None:
         image.cut(cancel=True),
         image.cut(confirm=rng.random() < 0.5),
         image.delete(rng.choice(sorted(image.confirmed))),
+        image.random_resize(),
     ]
     for task in rng.sample(tasks, rng.randint(3, len(tasks))):
         image.spawn(task)
 
 
 def crash(image: SimImage, kind: str) -> None:
-    """``kind``: the daemon alone, or the whole machine."""
+    """``kind``: the daemon alone, or the whole machine. Somebody comes to look after an hour."""
+    image.now_ns += _HOUR_NS
     if kind == "power":
         image.disk.power_loss()
     else:
@@ -81,9 +87,9 @@ def run_story(seed: int, crash_at: int | None, kind: str, crashes: list[int] | N
     steps = image.disk.steps - before
     crash(image, kind)
     if crashes is None:
-        crashes = [image.rng.randrange(20) for _ in range(image.rng.randrange(3))]
+        crashes = [image.rng.randrange(RECOVERY_STEPS_TYPICAL) for _ in range(image.rng.randrange(3))]
     how = recovered(image, kind, crashes)
-    if how not in (("daemon_crash", "clean") if kind == "daemon" else ("power_loss", "clean")):
+    if how not in ("clean", "resized", "daemon_crash" if kind == "daemon" else "power_loss"):
         raise OracleMismatch(f"after a crash of kind {kind} the image was opened as after: {how}")
     image.check()
     if kind == "daemon":
