@@ -5,12 +5,12 @@ import click
 
 from daemonkit.cli import ADDRESS, print_json, read_key, run_main
 from daemonkit.ports import Address
+from diskd.cli import image_copies
 from diskd.cli.backup import backup
 from diskd.cli.calling import Diskd, json_option, pass_diskd
 from diskd.cli.checkpoints import checkpoint
 from diskd.cli.daemon import CONTROL_DEFAULT
 from diskd.cli.export import apply, export
-from diskd.cli.image_copies import import_
 from diskd.cli.images import image
 from diskd.cli.leases import lease
 from diskd.cli.points import changes, point
@@ -53,7 +53,8 @@ def status(diskd: Diskd, as_json: bool) -> None:
         click.echo(f"  {name}")
 
 
-image.add_command(import_)
+for command in (image_copies.import_, image_copies.export):
+    image.add_command(command)
 for command in (image, lease, point, changes, checkpoint, backup, target, export, apply):
     group.add_command(command)
 

@@ -52,6 +52,17 @@ class ReceiveImage:
 
 
 @attrs.frozen
+class HeldImage:
+    """The first frame on the stream of ``image.hold``: the frozen view's export name, and where to read it.
+    It stands until the caller closes the stream."""
+
+    export: str
+    size_bytes: int
+    nbd: str | None
+    nbd_socket: str | None
+
+
+@attrs.frozen
 class ImageList:
     """Sorted by name."""
 
@@ -122,6 +133,7 @@ IMAGE_CREATE: Final = Method("image.create", CreateImage, ImageInfo)
 IMAGE_IMPORT: Final = Method("image.import", ImportImage, ImageInfo)
 IMAGE_RECEIVE: Final = Method("image.receive", ReceiveImage, Nothing)
 IMAGE_RESIZE: Final = Method("image.resize", ResizeImage, ImageInfo)
+IMAGE_HOLD: Final = Method("image.hold", ImageName, Nothing)
 IMAGE_LIST: Final = Method("image.list", Nothing, ImageList)
 IMAGE_SHOW: Final = Method("image.show", ImageName, ImageInfo)
 IMAGE_RELEASE: Final = Method("image.release", ImageName, ImageInfo)

@@ -197,10 +197,11 @@ class AuditReport:
 
 @attrs.frozen
 class ExportRequest:
-    """One image of a diskd, in full or since a point, to the caller."""
+    """One image of a diskd, in full or since a point, to the caller. ``keep``: leave a reference point."""
 
     image: str
     since: str | None
+    keep: bool = True
 
 
 POINTS_OFFERED: Final = Method("target.points", VmName, OfferedPoints)

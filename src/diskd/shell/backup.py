@@ -109,23 +109,23 @@ async def run_export(source: CheckpointSource, request: calls.ExportRequest, str
     except (HoldfastError, OSError) as error:
         reason = str(error)
     else:
-        reason = await _export_frozen(frozen, request.since, stream)
+        reason = await _export_frozen(frozen, request, stream)
     if reason:
         with trio.move_on_after(CONTACT_SECONDS_MAX):
             await stream.send_all(abort(reason))
             await stream.aclose()
 
 
-async def _export_frozen(frozen: FrozenVm, since: str | None, stream: trio.abc.Stream) -> str:
+async def _export_frozen(frozen: FrozenVm, request: calls.ExportRequest, stream: trio.abc.Stream) -> str:
     """Why it cannot even begin, or nothing. Failures in the middle are raised: the stream just ends."""
     outcome: EndOutcome = "discard"
     try:
         try:
-            prepared = await trio.to_thread.run_sync(prepare_blocking, frozen, since)
+            prepared = await trio.to_thread.run_sync(prepare_blocking, frozen, request.since)
         except (HoldfastError, OSError) as error:
             return str(error)
         await ExportSession(prepared).run(stream)
-        outcome = "keep"
+        outcome = "keep" if request.keep else "discard"
     finally:
         with trio.move_on_after(END_SECONDS_MAX, shield=True):
             await frozen.end(outcome)

@@ -1,5 +1,12 @@
-"""Calls that copy a whole disk into diskd: ``image.import`` from a file on its host, ``image.receive`` from a
-client's pipe (core/import_stream.py). A copy that does not end well has left nothing."""
+"""Calls that copy whole disks.
+
+    into diskd    ``image.import`` from a file on its host, ``image.receive`` from a client's pipe
+                  (core/import_stream.py)
+    out of it     ``image.hold`` freezes an image for as long as the client stays, for a converter to
+                  read over NBD (our own client reads an export stream: shell/backup.py)
+
+What does not end well has left nothing, at the source neither.
+"""
 
 import contextlib
 from pathlib import Path
@@ -8,23 +15,27 @@ from typing import Final
 import structlog
 import trio
 
+from daemonkit import diskd_api as api
 from daemonkit.errors import HoldfastError
 from daemonkit.rpc import Call, Registry
 from daemonkit.schema import unstructure
 from diskd.core import calls
 from diskd.core.import_stream import Answer, encode_answer
-from diskd.core.inventory import ImageInfo
+from diskd.core.inventory import ImageInfo, check_name
 from diskd.errors import Refused
+from diskd.shell.control import Listening
 from diskd.shell.library import Library
 
 # After a refusal what the client had sent already is read, so that closing does not overtake the answer.
 _LAST_WORDS_SECONDS: Final = 5.0
+# Two syncs of a disk; longer than this means that the disk is gone.
+_END_SECONDS: Final = 120.0
 _RECEIVE_BYTES: Final = 1 << 20
 
 log = structlog.get_logger("copies")
 
 
-def register_copies(registry: Registry, library: Library) -> None:
+def register_copies(registry: Registry, library: Library, listening: Listening) -> None:
     """Enter the calls."""
 
     async def import_(params: calls.ImportImage, call: Call) -> ImageInfo:
@@ -33,7 +44,11 @@ def register_copies(registry: Registry, library: Library) -> None:
     async def receive(params: calls.ReceiveImage, _peer: str, stream: trio.abc.Stream) -> None:
         await receive_image(library, params, stream)
 
+    async def hold(params: api.ImageName, _peer: str, stream: trio.abc.Stream) -> None:
+        await hold_image(library, params.image, listening, stream)
+
     registry.add(calls.IMAGE_IMPORT, import_)
+    registry.add_stream(calls.IMAGE_HOLD, hold)
     registry.add_stream(calls.IMAGE_RECEIVE, receive)
 
 
@@ -77,3 +92,27 @@ async def receive_image(library: Library, params: calls.ReceiveImage, stream: tr
         await stream.send_all(encode_answer(answer))
         while answer.refusal is not None and await stream.receive_some(_RECEIVE_BYTES):
             pass
+
+
+async def hold_image(library: Library, image: str, listening: Listening, stream: trio.abc.Stream) -> None:
+    """Freeze the image, say where it can be read, and let go of it when the client does."""
+    try:
+        check_name("an image", image)
+        frozen = await library.begin_checkpoint(image, [api.BackupDisk(image, image)], "")
+    except HoldfastError as error:
+        with contextlib.suppress(trio.BrokenResourceError):
+            await stream.send_all(encode_answer(Answer(None, str(error))))
+        return
+    try:
+        held = calls.HeldImage(
+            f"{image}:{frozen.checkpoint}",
+            frozen.disks[image].size_bytes,
+            listening.nbd,
+            listening.nbd_socket,
+        )
+        with contextlib.suppress(trio.BrokenResourceError):
+            await stream.send_all(encode_answer(Answer(unstructure(held), None)))
+            await stream.receive_some(1)
+    finally:
+        with trio.move_on_after(_END_SECONDS, shield=True):
+            await frozen.end("discard")

@@ -87,7 +87,7 @@ async def _serve(
             listening = _listening(root, nbd, listen)
             registry = Registry()
             Control(library, server, listening).register(registry)
-            register_copies(registry, library)
+            register_copies(registry, library, listening)
             register_backup(registry, library, key=keys[0] if keys else None)
             register_audit(registry, library, key=keys[0] if keys else None)
             register_restore(registry, library, key=keys[0] if keys else None)

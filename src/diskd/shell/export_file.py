@@ -7,7 +7,7 @@ import contextlib
 import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
 import trio
 
@@ -40,6 +40,21 @@ _RECEIVE_BYTES: Final = 1 << 20
 Progress = Callable[[int], None]
 
 
+Event = ExportHeader | Frame | Trailer
+
+
+class Output(Protocol):
+    """Where an export goes; called in worker threads."""
+
+    def take(self, data: bytes, events: list[Event]) -> None:
+        """The next bytes of the stream, and what ends in them. Raises StreamError, OSError."""
+        ...
+
+    def publish(self) -> None:
+        """All of it is there: make it durable, and give it its name."""
+        ...
+
+
 class _Output:
     """A file that gets its name at the end, or a pipe."""
 
@@ -51,7 +66,10 @@ class _Output:
                 raise Refused(f"{path} exists already; give another -o")
             self._temporary, self._descriptor = open_part(path)
 
-    def write(self, data: bytes | bytearray) -> None:
+    def take(self, data: bytes, events: list[Event]) -> None:
+        for event in events:
+            if isinstance(event, Frame):
+                event.check()
         view = memoryview(data)
         while view:
             view = view[os.write(self._descriptor, view) :]
@@ -84,15 +102,27 @@ async def export_image(
     """
     output = await trio.to_thread.run_sync(_Output, path, pipe)
     try:
-        async with connect(diskd, key=key) as client:
-            stream = await client.open_stream(calls.EXPORT_IMAGE, request)
-            return await _receive(stream, output, on_progress)
+        return await receive_export(diskd, request, output, key=key, on_progress=on_progress)
     finally:
         output.close()
 
 
+async def receive_export(
+    diskd: Address,
+    request: calls.ExportRequest,
+    output: Output,
+    *,
+    key: bytes | None,
+    on_progress: Progress,
+) -> tuple[ExportHeader, Trailer]:
+    """Receive an export into whatever ``output`` makes of it. Raises OperatorError, OSError."""
+    async with connect(diskd, key=key) as client:
+        stream = await client.open_stream(calls.EXPORT_IMAGE, request)
+        return await _receive(stream, output, on_progress)
+
+
 async def _receive(
-    stream: trio.abc.Stream, output: _Output, on_progress: Progress
+    stream: trio.abc.Stream, output: Output, on_progress: Progress
 ) -> tuple[ExportHeader, Trailer]:
     speaking = trio.Lock()
 
@@ -114,7 +144,7 @@ async def _receive(
 
 async def _take(
     stream: trio.abc.Stream,
-    output: _Output,
+    output: Output,
     on_progress: Progress,
     say: Callable[[Reply], Awaitable[None]],
 ) -> tuple[ExportHeader, Trailer]:
@@ -124,10 +154,10 @@ async def _take(
     while True:
         data = await _some(stream, decoder)
         decoder.feed(data)
-        events: list[ExportHeader | Frame | Trailer] = []
+        events: list[Event] = []
         while (found := decoder.next_event()) is not None:
             events.append(found)
-        await trio.to_thread.run_sync(_store, output, data, events)
+        await trio.to_thread.run_sync(output.take, data, events)
         for event in events:
             if isinstance(event, ExportHeader):
                 header = event
@@ -142,13 +172,6 @@ async def _take(
         if events:
             await say(Ack(frames, 0))
             on_progress(done)
-
-
-def _store(output: _Output, data: bytes, events: list[ExportHeader | Frame | Trailer]) -> None:
-    for event in events:
-        if isinstance(event, Frame):
-            event.check()
-    output.write(data)
 
 
 async def _some(stream: trio.abc.Stream, decoder: StreamDecoder) -> bytes:

@@ -170,9 +170,7 @@ def _runs_of_data(data: bytes, skew: int) -> list[tuple[int, int]]:
 async def _convert(
     source: Path, kind: SourceFormat, raw: Path, check: SizeCheck, progress: Progress | None
 ) -> None:
-    program = shutil.which("qemu-img")
-    if program is None:
-        raise Refused(f"{source} is {kind}: importing that needs qemu-img (Debian: apt install qemu-utils)")
+    program = qemu_img(f"{source} is {kind}: importing that")
     path = str(source)
     try:
         document = await _info(program, kind, path)
@@ -195,7 +193,7 @@ async def _convert(
             str(raw),
         ]
         await trio.to_thread.run_sync(file.finish, size)
-        await _run(argv, source, size, progress)
+        await run_qemu_img(argv, str(source), size, progress, file_bytes_max=size)
         await trio.to_thread.run_sync(file.finish, size)
     finally:
         file.close()
@@ -218,7 +216,17 @@ async def _info(program: str, kind: SourceFormat, path: str) -> bytes:
     return done.stdout
 
 
-async def _run(argv: list[str], source: Path, size: int, progress: Progress | None) -> None:
+def qemu_img(what: str) -> str:
+    """The program's path. Raises Refused where it is not installed."""
+    program = shutil.which("qemu-img")
+    if program is None:
+        raise Refused(f"{what} needs qemu-img (Debian: apt install qemu-utils)")
+    return program
+
+
+async def run_qemu_img(
+    argv: list[str], source: str, size: int, progress: Progress | None, *, file_bytes_max: int | None = None
+) -> None:
     """qemu-img convert, within its limits. Raises Refused with its own words."""
     async with trio.open_nursery() as nursery:
         process: trio.Process = await nursery.start(
@@ -233,7 +241,8 @@ async def _run(argv: list[str], source: Path, size: int, progress: Progress | No
         )
         with contextlib.suppress(ProcessLookupError):
             resource.prlimit(process.pid, resource.RLIMIT_AS, (_ADDRESS_SPACE_MAX, _ADDRESS_SPACE_MAX))
-            resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size, size))
+            if file_bytes_max is not None:
+                resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (file_bytes_max, file_bytes_max))
             resource.prlimit(process.pid, resource.RLIMIT_CORE, (0, 0))
         said = bytearray()
         nursery.start_soon(_collect, process, said)
@@ -250,7 +259,7 @@ async def _collect(process: trio.Process, said: bytearray) -> None:
         del said[:-_OUTPUT_BYTES_MAX]
 
 
-async def _follow(process: trio.Process, source: Path, size: int, progress: Progress | None) -> None:
+async def _follow(process: trio.Process, source: str, size: int, progress: Progress | None) -> None:
     """Its progress; returns at the end of its output."""
     assert process.stdout is not None
     text, told = "", -1.0
