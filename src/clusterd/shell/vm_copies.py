@@ -5,7 +5,7 @@ between, the owner) cancels it at diskd, which then is as if it had not been tri
 """
 
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import structlog
 import trio
@@ -25,6 +25,8 @@ from daemonkit.rpc import Call, CallFailed, connect
 R = TypeVar("R")
 Ask = Callable[[Command], Awaitable[calls.Accepted]]
 OnProgress = Callable[[Any], None]
+
+PROGRESS_MAX: Final = 64
 
 log = structlog.get_logger("vm_copies")
 
@@ -141,8 +143,8 @@ class VmCopies:
 
 
 async def _reporting(call: Call, work: Callable[[OnProgress], Awaitable[R]]) -> R:
-    """Run ``work``; what it reports goes to the caller, only the newest where that is slower."""
-    sender, receiver = trio.open_memory_channel[Any](1)
+    """Run ``work``; what it reports goes to the caller, except where that is far too slow for it."""
+    sender, receiver = trio.open_memory_channel[Any](PROGRESS_MAX)
 
     def on_progress(value: Any) -> None:
         try:

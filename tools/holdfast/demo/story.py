@@ -94,9 +94,9 @@ class Story:
         on writing while the target does not answer.
         """
         stage = self.stage
-        argv: tuple[str, ...] = ("diskctl", "backup", "--vm", VM, "--image", SYSTEM, "--image", JOURNAL)
+        node = stage.lab["nodes"][self.some_up_node()]["control"]
+        argv: tuple[str, ...] = ("clusterctl", "--node", node, "vm", "backup", VM, "--json", *options)
         argv += ("--target", stage.address_of("diskd", "target"))
-        argv += ("--config", str(stage.directory / "web.toml"), "--json", *options)
         process = subprocess.Popen(
             stage.binary(argv),
             stdout=subprocess.PIPE,
