@@ -105,6 +105,10 @@ async def test_qemu_img_reads_writes_and_compares(tmp_path: Path) -> None:
         await good("qemu-img", "convert", "-n", "-O", "raw", f"{url}/disk", f"{url}/d2@12")
         await good("qemu-img", "convert", "-O", "qcow2", f"{url}/d2@12", str(tmp_path / "out.qcow2"))
         await good("qemu-img", "compare", raw, "-f", "raw", "-F", "qcow2", str(tmp_path / "out.qcow2"))
+        for more in ((), ("-w",), ("-w", "--flush-interval=8")):
+            await good(
+                "qemu-img", "bench", "-f", "raw", "-c", "64", "-d", "8", "-s", "4k", *more, f"{url}/d2@12"
+            )
         mapped = json.loads((await good("qemu-img", "map", "--output=json", f"{url}/disk")).out)
         assert sum(entry["length"] for entry in mapped) == len(data)
 
