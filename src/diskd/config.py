@@ -5,6 +5,7 @@ is an error that names the nearest one. ``--show-config`` prints what is in forc
 """
 
 import difflib
+import re
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,13 +35,14 @@ from daemonkit.units import (
 from diskd.core.inventory import LibrarySettings
 
 NONE: Final = "none"
+_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", re.ASCII)
 
 
 @attrs.frozen
 class _Rule:
     """How a setting is written and between which values it makes sense."""
 
-    kind: Literal["duration", "size", "count", "path"]
+    kind: Literal["duration", "size", "count", "path", "name"]
     minimum: int = 0
     maximum: int = 0
     may_be_none: bool = False
@@ -70,6 +72,12 @@ class Settings:
     shared_dir: str | None = _setting(None, _Rule("path", may_be_none=True))
     # What lies in shared_dir is believed only under the boot that this file names. none: the kernel's file.
     boot_id_file: str | None = _setting(None, _Rule("path", may_be_none=True))
+    # What this daemon is called among those that serve the same root. none: as its host is.
+    daemon_name: str | None = _setting(None, _Rule("name", may_be_none=True))
+    # What an operator calls this host where he says that it is fenced. none: the system's name.
+    host_name: str | None = _setting(None, _Rule("name", may_be_none=True))
+    # Together with the boot id it tells this host from others over shared storage. none: /etc/machine-id.
+    machine_id_file: str | None = _setting(None, _Rule("path", may_be_none=True))
     # NBD clients at a time. Each may, when busy, take 128 MiB.
     nbd_connections: int = _setting(512, _Rule("count", 1, 65536))
 
@@ -84,6 +92,9 @@ class Settings:
             merge_rate=self.merge_rate,
             shared_dir=self.shared_dir,
             boot_id_file=self.boot_id_file,
+            daemon_name=self.daemon_name,
+            host_name=self.host_name,
+            machine_id_file=self.machine_id_file,
         )
 
 
@@ -102,6 +113,12 @@ def _value(key: str, raw: Any) -> Any:
     if rule.kind == "path":
         if not isinstance(raw, str) or not raw.startswith("/"):
             raise OperatorError(f"setting {key}: {raw!r} is no absolute path")
+        return raw
+    if rule.kind == "name":
+        if not isinstance(raw, str) or _NAME.fullmatch(raw) is None:
+            raise OperatorError(
+                f"setting {key}: {raw!r} is no name: use up to 63 of a-z, A-Z, 0-9, '.', '_', '-'"
+            )
         return raw
     value = _quantity(key, rule, raw)
     if not rule.minimum <= value <= rule.maximum:

@@ -99,8 +99,9 @@ async def test_a_stop_within_a_merge_keeps_every_point(tmp_path, settings):
     async with open_library(tmp_path / "root", settings) as library:
         point = await with_point(library)
         image = library._images["a"]
-        image.files.close()
-        slow = image.files = SlowMerge(image.image.directory)
+        slow = SlowMerge(image.image.directory)
+        slow._descriptors = image.files._descriptors  # the image's lock among them
+        image.files = slow
         frozen = await library.begin_checkpoint("web", DISKS, "")
         await (await plain(library)).write(5 * BLOCK, b"2" * 9 * BLOCK)
         await frozen.end("discard")
@@ -156,7 +157,7 @@ async def test_a_start_that_can_record_nothing_serves_all_the_same(tmp_path, set
         await (await plain(library)).write(7 * BLOCK, b"2" * BLOCK)
         if held_by == "hand":
             held = library._checkpoints.find(frozen.checkpoint)
-            await library._checkpoints._invalidator(held)("a test")
+            await library._checkpoints.invalidator(held)("a test")
     # A small file is replaced by way of a temporary one of this name.
     blocks = [
         root / "checkpoints" / frozen.checkpoint / f".record.{os.getpid()}.tmp",

@@ -35,6 +35,7 @@ def group() -> None:
 @click.option("--nbd", type=ADDRESS, help=f"NBD over TCP; port 0 takes a free one. [{NBD_DEFAULT}]")
 @click.option("--nbd-socket", metavar="PATH", help="NBD over a Unix socket; alone it replaces TCP.")
 @click.option("--control", type=ADDRESS, default=CONTROL_DEFAULT, show_default=True, help="Control calls.")
+@click.option("--name", help="Of this diskd among several over one root. [the host's name]")
 @click.option("--config", type=click.Path(path_type=Path), metavar="FILE", help="Settings, as TOML.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="A setting; repeatable.")
 @click.option("--show-config", is_flag=True, help="Print the settings in force as JSON, and exit.")
@@ -51,6 +52,7 @@ def run(
     nbd: Address | None,
     nbd_socket: str | None,
     control: Address,
+    name: str | None,
     config: Path | None,
     overrides: tuple[str, ...],
     show_config: bool,
@@ -65,10 +67,12 @@ def run(
                    IMAGE:CHECKPOINT  a frozen view, with a dirty bitmap per reference point
 
     Sockets that systemd passes on (LISTEN_FDS) serve NBD; then TCP only where --nbd says so.
+
+    Several may serve one root, on one host or over shared storage: each image is one's (diskctl image open).
     """
     from diskd.config import load_settings, show_settings  # Kept out of --help's way.
 
-    settings = load_settings(config, overrides)
+    settings = load_settings(config, overrides if name is None else (*overrides, f"daemon_name={name}"))
     if show_config:
         print_json(show_settings(settings))
         return

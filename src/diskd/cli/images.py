@@ -1,5 +1,6 @@
 """`diskctl image`: make, look at, hand over and remove images."""
 
+from datetime import UTC, datetime
 from typing import Any
 
 import click
@@ -9,7 +10,7 @@ from daemonkit.diskd_api import IMAGE_DELETE, DeleteImage, ImageName
 from daemonkit.units import format_size
 from diskd.cli.calling import SECONDS_UNBOUNDED, Diskd, json_option, pass_diskd, print_table
 from diskd.core import calls
-from diskd.core.inventory import ImageInfo
+from diskd.core.inventory import ImageInfo, OwnerInfo
 
 
 @click.group()
@@ -34,6 +35,18 @@ def document(info: ImageInfo) -> dict[str, Any]:
         "checkpoint": info.checkpoint,
         "merge_remaining": info.merge_remaining_bytes,
         "points": info.points,
+        "owner": None if info.owner is None else _owner(info.owner),
+    }
+
+
+def _owner(owner: OwnerInfo) -> dict[str, Any]:
+    since = datetime.fromtimestamp(owner.since_ns // 10**9, UTC).isoformat()
+    return {
+        "daemon": owner.daemon,
+        "host": owner.host,
+        "state": owner.state,
+        "since": since,
+        "control": owner.control,
     }
 
 
@@ -44,6 +57,8 @@ def _show(info: ImageInfo, *, as_json: bool) -> None:
     for key, value in document(info).items():
         if value is not None:
             is_size = key in ("size", "block_size", "region_size", "allocated", "merge_remaining")
+            if isinstance(value, dict):
+                value = ", ".join(f"{part} {text}" for part, text in value.items() if text is not None)
             click.echo(f"{key.replace('_', ' '):16} {format_size(value) if is_size else value}")
 
 
@@ -136,8 +151,25 @@ def release(diskd: Diskd, name: str) -> None:
 
 @image.command("open")
 @click.argument("name")
+@click.option(
+    "--fenced",
+    metavar="HOST",
+    help="HOST, whose diskd has not released NAME, is certainly down or cut off from the storage.",
+)
+@click.option(
+    "--lost-lease",
+    is_flag=True,
+    help="No run can reach NAME, whose lease file is missing, damaged or an older copy: begin a new one.",
+)
 @pass_diskd
-def open_(diskd: Diskd, name: str) -> None:
-    """Serve a released image again."""
-    diskd.call(calls.IMAGE_OPEN, ImageName(name))
-    click.echo(f"image {name} open")
+def open_(diskd: Diskd, name: str, fenced: str | None, lost_lease: bool) -> None:
+    """Serve an image that another diskd, or this one, released, or that a dead one on this host had.
+
+    What a diskd on another host has not released is refused until --fenced names that host: while it can
+    write to the storage, two would serve one image, and corrupt it. A `kill` is no fence; a host that was
+    powered off is. Then, if the host did not release it, changes since a point are over-reported, and say so.
+    """
+    info = diskd.call(
+        calls.IMAGE_OPEN, calls.OpenImage(name, fenced, lost_lease), seconds_max=SECONDS_UNBOUNDED
+    )
+    click.echo(f"image {info.name} open")

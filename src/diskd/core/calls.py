@@ -52,6 +52,16 @@ class ReceiveImage:
 
 
 @attrs.frozen
+class OpenImage:
+    """``fenced``: the host that certainly cannot write to the storage any more, where its diskd has not
+    released the image. ``lost_lease``: no run can reach the image, whose lease is lost or too old."""
+
+    image: str
+    fenced: str | None = None
+    lost_lease: bool = False
+
+
+@attrs.frozen
 class HeldImage:
     """The first frame on the stream of ``image.hold``: the frozen view's export name, and where to read it.
     It stands until the caller closes the stream."""
@@ -137,7 +147,7 @@ IMAGE_HOLD: Final = Method("image.hold", ImageName, Nothing)
 IMAGE_LIST: Final = Method("image.list", Nothing, ImageList)
 IMAGE_SHOW: Final = Method("image.show", ImageName, ImageInfo)
 IMAGE_RELEASE: Final = Method("image.release", ImageName, ImageInfo)
-IMAGE_OPEN: Final = Method("image.open", ImageName, ImageInfo)
+IMAGE_OPEN: Final = Method("image.open", OpenImage, ImageInfo)
 POINT_LIST: Final = Method("point.list", ImageName, PointList)
 POINT_DELETE: Final = Method("point.delete", PointName, Nothing)
 CHANGES: Final = Method("changes", PointName, ChangesInfo)

@@ -41,10 +41,22 @@ class LibrarySettings:
 
 
 @attrs.frozen
+class OwnerInfo:
+    """The daemon that an image belongs to. ``control``: where it answers, if that is known."""
+
+    daemon: str
+    host: str
+    state: Literal["serving", "closed", "released"]
+    since_ns: int
+    control: str | None
+
+
+@attrs.frozen
 class ImageInfo:
     """One image as ``image list`` and ``image show`` report it.
 
-    ``state``: "open" (served), "released" (another daemon may open it) or "damaged" (``reason`` says why).
+    ``state``: "open" (served), "released" (any daemon may open it), "elsewhere" (another daemon's) or
+    "damaged"; ``reason`` says why it is not open.
     ``merge_remaining_bytes`` is None while no AVHD is being merged.
     """
 
@@ -54,7 +66,7 @@ class ImageInfo:
     block_bytes: int
     region_bytes: int
     allocated_bytes: int
-    state: Literal["open", "released", "damaged"]
+    state: Literal["open", "released", "elsewhere", "damaged"]
     reason: str | None
     epoch: int
     holder: str | None
@@ -62,6 +74,7 @@ class ImageInfo:
     checkpoint: str | None
     merge_remaining_bytes: int | None
     points: int
+    owner: OwnerInfo | None = None
 
 
 @attrs.frozen

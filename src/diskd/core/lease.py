@@ -21,7 +21,7 @@ import attrs
 
 from daemonkit.diskd_api import Lease
 from diskd.core import ownership
-from diskd.core.ownership import Owner
+from diskd.core.ownership import Daemon, Owner
 from diskd.core.sealed_line import seal, unseal
 from diskd.core.steps import Read, Replace, Script, Size
 from diskd.errors import Damaged, Fenced, Refused
@@ -205,6 +205,12 @@ def _is_well_formed(state: LeaseState) -> bool:
 def persist(state: LeaseState) -> Script[None]:
     """Old or new after a crash, never a mixture, never absent again."""
     yield Replace(LEASE_FILE, encode(state))
+
+
+def found(me: Daemon, now_ns: int) -> Script[Owner]:
+    """What a new image begins with: never leased, and its maker's."""
+    yield from persist(LeaseState())
+    return (yield from ownership.take(None, me, now_ns))
 
 
 def load() -> Script[LeaseState]:

@@ -5,6 +5,7 @@ its AVHDs are merged as those of a checkpoint that never was. No byte of a guest
 it was to settle stays pending in the images' catalogues, and is refused as a base.
 """
 
+import contextlib
 from pathlib import Path
 
 import structlog
@@ -20,18 +21,43 @@ from diskd.shell.files import Files
 log = structlog.get_logger()
 
 _DAMAGED = ".damaged-"
+_NEW = ".new-"
 
 
-async def make_directory(parent: Path, identifier: str) -> Files:
-    """A new checkpoint's, durable. Raises OSError."""
-    path = parent / identifier
+async def make_directory(parent: Path, record: Record, daemon: str) -> Files:
+    """A new checkpoint's, with its record, durable; under its own name only when it is whole, so that no
+    other daemon takes it for something left over. Raises OSError."""
+    path = parent / record.checkpoint
+    unborn = parent / f"{_NEW}{record.checkpoint}@{daemon}"
 
     def make() -> None:
-        path.mkdir()
-        sync_directory(parent)
+        unborn.mkdir()
+        files = Files(unborn)
+        try:
+            files.run_blocking(checkpoint.reserve())
+            files.run_blocking(checkpoint.persist(record))
+            files.close()
+            unborn.rename(path)
+            sync_directory(parent)
+        except BaseException:
+            files.close()
+            for left in (unborn, path):
+                if left.is_dir():
+                    _remove(left)
+            raise
 
     await trio.to_thread.run_sync(make)
     return Files(path)
+
+
+async def sweep(parent: Path, daemon: str) -> None:
+    """Remove what this daemon, killed, did not come to make whole."""
+
+    def remove() -> None:
+        for path in parent.glob(f"{_NEW}*@{daemon}"):
+            _remove(path)
+
+    await trio.to_thread.run_sync(remove)
 
 
 async def load_records(parent: Path) -> list[tuple[Record, bool, Files]]:
@@ -61,15 +87,17 @@ def _directories(parent: Path) -> list[Path]:
     for path in sorted(parent.iterdir()):
         if CHECKPOINT_PATTERN.fullmatch(path.name) is not None and path.is_dir():
             found.append(path)
-        elif not path.name.startswith(_DAMAGED):
+        elif not path.name.startswith((_DAMAGED, _NEW)):
             log.warning("checkpoint.stranger", path=str(path))
     return found
 
 
 def _remove(path: Path) -> None:
+    """Whoever had it may be removing it just now, too."""
     for leftover in path.iterdir():
-        leftover.unlink()
-    path.rmdir()
+        leftover.unlink(missing_ok=True)
+    with contextlib.suppress(FileNotFoundError):
+        path.rmdir()
 
 
 def _set_aside(path: Path, reason: str) -> None:

@@ -1,14 +1,15 @@
-"""Carries out core.checkpoint over the open images: fork, seal, invalidate, end, settle, merge, recover.
+"""Carries out core.checkpoint over the open images: fork, seal, invalidate, end, settle, merge.
 
 Order of a begin (B1): record, AVHDs and maps and the next bitmaps durable; hold every disk's writes; one
 step in memory switches all bitmaps and layers; let go; the frozen bitmaps and parents durable; seal. Of an
 end: the outcome durable; points settled; answered; merged behind; the record goes last.
+What an earlier process or another daemon left is taken up in checkpoint_recovery.py.
 """
 
 import contextlib
 import secrets
 import time
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -18,7 +19,6 @@ import trio
 
 from daemonkit.diskd_api import BackupDisk
 from daemonkit.errors import HoldfastError
-from daemonkit.units import SECOND
 from diskd.core import checkpoint
 from diskd.core.checkpoint import Record, RecordDisk
 from diskd.core.inventory import (
@@ -27,8 +27,8 @@ from diskd.core.inventory import (
     Outcome,
 )
 from diskd.errors import NoSuchPoint, Refused
-from diskd.shell.checkpoint_records import load_records, make_directory
-from diskd.shell.forks import Forks, left_behind
+from diskd.shell.checkpoint_records import make_directory
+from diskd.shell.forks import Forks
 from diskd.shell.frozen import FrozenImage
 from diskd.shell.held import Held, Invalidate, StandingCheckpoint, check_request, describe, refuse_standing
 from diskd.shell.insistence import Action, Insistence
@@ -51,16 +51,18 @@ class Checkpoints:
         images: Mapping[str, OpenImage],
         forks: Forks,
         resume_timeout_ns: int,
+        daemon: str,
         *,
         nursery_that_outlives_calls: trio.Nursery,
     ) -> None:
-        self._directory = directory
-        self._images = images
-        self._resume_timeout_ns = resume_timeout_ns
-        self._forks = forks
-        self._nursery = nursery_that_outlives_calls
+        self.directory = directory
+        self.images = images
+        self.resume_timeout_ns = resume_timeout_ns
+        self._daemon = daemon
+        self.forks = forks
+        self.nursery = nursery_that_outlives_calls
         self._insistence = Insistence(nursery_that_outlives_calls=nursery_that_outlives_calls)
-        self._held: dict[str, Held] = {}
+        self.held: dict[str, Held] = {}
         self._beginning: dict[str, str] = {}  # "vm NAME" and "image NAME": checkpoint id
         self._changed = trio.Event()
 
@@ -68,12 +70,12 @@ class Checkpoints:
 
     def infos(self) -> list[CheckpointInfo]:
         """Every record, oldest first."""
-        found = sorted(self._held.values(), key=lambda held: held.record.created_ns)
+        found = sorted(self.held.values(), key=lambda held: held.record.created_ns)
         return [describe(held) for held in found]
 
     def find(self, identifier: str) -> Held:
         """Raises Refused."""
-        held = self._held.get(identifier)
+        held = self.held.get(identifier)
         if held is None:
             raise Refused(f"there is no checkpoint {identifier}")
         return held
@@ -88,24 +90,24 @@ class Checkpoints:
     def frozen_disk(self, image: str, identifier: str) -> FrozenImage:
         """What IMAGE:CHECKPOINT opens. Raises Refused."""
         self.frozen(identifier)
-        for disk in self._held[identifier].disks.values():
+        for disk in self.held[identifier].disks.values():
             if disk.image == image:
                 return disk
         raise Refused(f"checkpoint {identifier} has no image {image}")
 
     def pending(self, vm: str, target: str) -> list[str]:
         """Points of the VM whose acknowledgement by this target was lost, oldest first."""
-        found = [held.record for held in self._held.values() if held.record.waits_for(vm, target)]
+        found = [held.record for held in self.held.values() if held.record.waits_for(vm, target)]
         return [record.point for record in sorted(found, key=lambda record: record.created_ns)]
 
     def exports(self, image: str) -> list[str]:
         """The export names of an image's standing frozen views."""
-        infos = (describe(held) for held in self._held.values())
+        infos = (describe(held) for held in self.held.values())
         return [info.exports[image] for info in infos if image in info.exports]
 
     def using(self, image: str) -> str | None:
         """The checkpoint that an image belongs to until it is merged."""
-        for held in self._held.values():
+        for held in self.held.values():
             if image in held.images and held.record.state not in ("pending", "gone"):
                 return held.record.checkpoint
         return self._beginning.get(f"image {image}")
@@ -116,13 +118,13 @@ class Checkpoints:
         self, vm: str, disks: list[BackupDisk], config: str, held_by: HeldBy, target: str | None
     ) -> StandingCheckpoint:
         """Library.begin_checkpoint."""
-        images = check_request(self._images, vm, disks, config)
+        images = check_request(self.images, vm, disks, config)
         identifier = f"cp-{secrets.token_hex(8)}"
         claims = [f"vm {vm}", *(f"image {name}" for name in images)]
         for claim in claims:
             if claim in self._beginning:
                 raise Refused(f"checkpoint {self._beginning[claim]} of {claim} is just beginning")
-        refuse_standing(self._held.values(), vm, images)
+        refuse_standing(self.held.values(), vm, images)
         self._beginning.update(dict.fromkeys(claims, identifier))
         try:
             while any(image.overlay is not None for image in images.values()):
@@ -159,11 +161,9 @@ class Checkpoints:
             [RecordDisk(disk.name, disk.image, uuids[disk.image]) for disk in disks],
             target=target,
         )
-        held = Held(record, await make_directory(self._directory, identifier), images)
-        self._held[identifier] = held
+        held = Held(record, await make_directory(self.directory, record, self._daemon), images)
+        self.held[identifier] = held
         try:
-            await held.files.run(checkpoint.reserve())
-            await held.files.run(checkpoint.persist(record))
             await self._fork(held)
             for image in images.values():
                 await image.image.persist_cut()
@@ -172,7 +172,7 @@ class Checkpoints:
             async with held.lock:
                 if held.invalid:
                     raise Refused("the checkpoint was invalidated while it began: an AVHD cannot take writes")
-                await self._persist(held, checkpoint.advance(held.record, "sealed"))
+                await self.persist(held, checkpoint.advance(held.record, "sealed"))
         except BaseException:
             with trio.move_on_after(_UNDO_SECONDS, shield=True):
                 await self._undo(held)
@@ -186,9 +186,7 @@ class Checkpoints:
         try:
             for name, image in held.images.items():
                 await image.image.prepare_cut()
-                overlays[name] = await self._forks.make(
-                    image, held.record.checkpoint, self._invalidator(held)
-                )
+                overlays[name] = await self.forks.make(image, held.record.checkpoint, self.invalidator(held))
             disks = {disk.image: disk.name for disk in held.record.disks}
             async with contextlib.AsyncExitStack() as stack:
                 for image in held.images.values():
@@ -214,34 +212,35 @@ class Checkpoints:
         async with held.lock:
             ended = checkpoint.advance(held.record, "end", "discard")
             try:
-                await self._persist(held, ended)
+                await self.persist(held, ended)
             except OSError:
                 with contextlib.suppress(OSError):
                     await self._flag(held)
                 held.record = ended
-            self._start_merging(held, "the checkpoint could not begin")
+            self.start_merging(held, "the checkpoint could not begin")
         with contextlib.suppress(OSError, HoldfastError):
-            await self._insist(held, partial(self._settle, held))
+            await self.insist(held, partial(self.settle_points, held))
 
     # --- invalidation (B2) -----------------------------------------------------------------------------
 
-    def _invalidator(self, held: Held) -> Invalidate:
+    def invalidator(self, held: Held) -> Invalidate:
         async def invalidate(reason: str) -> None:
             async with held.lock:
                 if held.record.is_standing and not held.invalid:
                     await self._flag(held)
                     log.warning("checkpoint.invalid", checkpoint=held.record.checkpoint, reason=reason)
-                self._start_merging(held, reason)
+                self.start_merging(held, reason)
 
         return invalidate
 
     async def _flag(self, held: Held) -> None:
+        held.require_ours()
         if not held.invalid:
             with trio.CancelScope(shield=True):
                 await held.files.run(checkpoint.invalidate(held.record))
             held.invalid = True
 
-    def _start_merging(self, held: Held, reason: str) -> None:
+    def start_merging(self, held: Held, reason: str) -> None:
         """The frozen view has ended, durably: parents may change."""
         for disk in held.disks.values():
             disk.end(reason)
@@ -251,25 +250,26 @@ class Checkpoints:
                 continue
             overlay.start_merging()
             held.merging.add(name)
-            self._nursery.start_soon(self._merge, held, image, overlay)
+            self.nursery.start_soon(self._merge, held, image, overlay)
 
     async def _merge(self, held: Held, image: OpenImage, overlay: OverlayLayer) -> None:
         if await self.merge_image(image, overlay):
             held.merging.discard(image.name)
             with contextlib.suppress(OSError):
-                await self._insist(held, partial(self._finish, held))
+                await self.insist(held, partial(self.finish, held))
 
     async def merge_image(self, image: OpenImage, overlay: OverlayLayer) -> bool:
         """True when the image is on its parent alone and the AVHD is gone."""
         try:
-            await self._merge_whole(image, overlay)
+            with image.merging():
+                await self._merge_whole(image, overlay)
+                return True
         except (OSError, HoldfastError) as error:
             # The entries stand and the AVHD is read on; the next start of the image merges again.
             image.stuck = str(error)
             log.error("merge.failed", image=image.name, reason=image.stuck)  # noqa: TRY400 - one line, no trace
             self._notify()
-            return False
-        return True
+        return False
 
     async def _merge_whole(self, image: OpenImage, overlay: OverlayLayer) -> None:
         while True:
@@ -292,30 +292,30 @@ class Checkpoints:
             await self.settle(held.record.vm, held.record.point, committed=outcome == "keep")
             return
         try:
-            await self._insist(held, partial(self._end, held, outcome))
+            await self.insist(held, partial(self.end_held, held, outcome))
         except OSError as error:
             raise Refused(f"the end of checkpoint {identifier} cannot be recorded: {error}") from error
 
-    async def _end(self, held: Held, outcome: Outcome) -> None:
+    async def end_held(self, held: Held, outcome: Outcome) -> None:
         """Raises OSError: then its frozen view has ended all the same, so that its space comes back (B2)."""
         async with held.lock:
             if held.record.state == "preparing":
                 raise Refused(f"checkpoint {held.record.checkpoint} is still beginning")
             try:
                 if held.record.state != "ending" or held.record.outcome != outcome:
-                    await self._persist(held, checkpoint.advance(held.record, "end", outcome))
+                    await self.persist(held, checkpoint.advance(held.record, "end", outcome))
             except OSError:
                 with trio.move_on_after(_UNDO_SECONDS, shield=True):
                     await self._flag(held)
                 raise
             finally:
                 if held.invalid or not held.record.is_standing:
-                    self._start_merging(held, "the checkpoint has ended")
-        await self._settle(held)
+                    self.start_merging(held, "the checkpoint has ended")
+        await self.settle_points(held)
 
     async def settle(self, vm: str, point: str, *, committed: bool) -> None:
         """FrozenVm.settle. Raises Refused for a point that is not pending."""
-        for held in self._held.values():
+        for held in self.held.values():
             if held.record.point == point and held.record.vm == vm and held.record.is_pending:
                 break
         else:
@@ -323,18 +323,20 @@ class Checkpoints:
         outcome: Outcome = "keep" if committed else "discard"
         try:
             async with held.lock:
-                await self._persist(held, checkpoint.advance(held.record, "settle", outcome))
-            await self._insist(held, partial(self._settle, held))
+                await self.persist(held, checkpoint.advance(held.record, "settle", outcome))
+            await self.insist(held, partial(self.settle_points, held))
         except OSError as error:
             raise Refused(f"the word on point {point} cannot be recorded: {error}") from error
 
-    async def _insist(self, held: Held, action: Action) -> None:
+    async def insist(self, held: Held, action: Action) -> None:
         def is_hopeless() -> bool:
-            return any(image.image.failure is not None for image in held.images.values())
+            return held.lost is not None or any(
+                image.image.failure is not None for image in held.images.values()
+            )
 
         await self._insistence.do(held.record.checkpoint, action, is_hopeless)
 
-    async def _settle(self, held: Held) -> None:
+    async def settle_points(self, held: Held) -> None:
         """Carry the outcome out on every image's points; done again after a crash."""
         record = held.record
         if held.incomplete:
@@ -347,137 +349,39 @@ class Checkpoints:
                     await image.image.delete_point(record.point)
         async with held.lock:
             if held.record.state == "ending":
-                await self._persist(held, checkpoint.advance(held.record, "points_settled"))
+                await self.persist(held, checkpoint.advance(held.record, "points_settled"))
                 log.info("checkpoint.ended", checkpoint=record.checkpoint, outcome=record.outcome)
         with contextlib.suppress(OSError):
-            await self._insist(held, partial(self._finish, held))
+            await self.insist(held, partial(self.finish, held))
 
-    async def _finish(self, held: Held) -> None:
+    async def finish(self, held: Held) -> None:
         """Where nothing is left to merge, the record is: gone, or pending."""
         async with held.lock:
-            if held.record.state != "merging" or held.merging or held.incomplete:
+            if held.record.state != "merging" or held.merging or held.incomplete or held.lost is not None:
                 return
             merged = checkpoint.advance(held.record, "merged")
-            await self._persist(held, merged)
+            await self.persist(held, merged)
             if merged.state == "gone":
                 held.files.close()
-                del self._held[held.record.checkpoint]
+                del self.held[held.record.checkpoint]
                 with contextlib.suppress(OSError):
-                    (self._directory / held.record.checkpoint).rmdir()
+                    (self.directory / held.record.checkpoint).rmdir()
         self._notify()
 
-    async def _persist(self, held: Held, record: Record) -> None:
+    async def persist(self, held: Held, record: Record) -> None:
+        """Raises OSError. Nobody but this and ``finish`` changes a record."""
+        held.require_ours()
         with trio.CancelScope(shield=True):  # one small file: a half-told change is worse than the wait
             await held.files.run(checkpoint.persist(record))
         held.record = record
 
     # --- start and stop --------------------------------------------------------------------------------
 
-    async def recover(self, closed: Container[str]) -> dict[str, str]:
-        """Take up what the records say (B6). Every image is open, and has no writer yet.
-
-        ``closed``: images that exist, but are damaged or released. Returns those that must not be served,
-        with the reason: the caller closes them.
-        """
-        records = await self._load()
-        refused: dict[str, str] = {}
-        for image in list(self._images.values()):
-            try:
-                await self._attach(image, records)
-            except (OSError, HoldfastError) as error:
-                refused[image.name] = str(error)
-        for held in records:
-            for disk in held.record.disks:
-                if disk.image in refused:
-                    held.images.pop(disk.image, None)
-                if disk.image in refused or disk.image in closed:
-                    held.incomplete = True
-            await self._resume(held)
-        self._merge_orphans()
-        return refused
-
-    async def attach(self, image: OpenImage) -> None:
-        """The same for one image opened later. A record that lacked it is finished at the next start."""
-        await self._attach(image, list(self._held.values()))
-        owner = self._held.get(image.checkpoint or "")
-        if owner is not None:
-            owner.images[image.name] = image
-            if owner.invalid or not owner.record.is_standing:
-                self._start_merging(owner, "the image was opened late")
-        elif image.overlay is not None:
-            image.overlay.start_merging()
-            self._nursery.start_soon(self.merge_image, image, image.overlay)
-
-    async def _load(self) -> list[Held]:
-        found: list[Held] = []
-        for record, invalid, files in await load_records(self._directory):
-            images = {
-                disk.image: self._images[disk.image]
-                for disk in record.disks
-                if disk.image in self._images and str(self._images[disk.image].image.uuid) == disk.uuid
-            }
-            found.append(Held(record, files, images, invalid=invalid))
-            self._held[record.checkpoint] = found[-1]
-        return found
-
-    async def _attach(self, image: OpenImage, records: list[Held]) -> None:
-        """Put a left-behind AVHD over its parent again."""
-        head = await left_behind(image)
-        if head is not None:
-            owners = [held for held in records if held.record.checkpoint == head.checkpoint]
-            invalidate = self._invalidator(owners[0]) if owners else _nothing_to_invalidate
-            overlay = await self._forks.attach(image, head, invalidate)
-            image.image.layer = image.overlay = overlay
-            image.checkpoint = head.checkpoint
-
-    async def _resume(self, held: Held) -> None:
-        decision = checkpoint.recover(held.record, invalid=held.invalid)
-        if decision.standing:
-            for disk in held.record.disks:
-                image = held.images.get(disk.image)
-                if image is not None and image.overlay is not None:
-                    held.disks[disk.name] = FrozenImage(image.image, image.overlay, held.record.point)
-            self._nursery.start_soon(self._expire, held)
-            return
-        action = partial(self._settle if held.record.state == "ending" else self._finish, held)
-        if decision.end is not None:
-            action = partial(self._abandon, held, decision.end)
-        else:
-            self._start_merging(held, "the daemon was restarted")
-        with contextlib.suppress(OSError):  # what a full disk does not take is made up for
-            await self._insist(held, action)
-
-    async def _abandon(self, held: Held, outcome: Outcome) -> None:
-        if held.record.state == "preparing":
-            async with held.lock:
-                self._start_merging(held, "the checkpoint never came about")
-                await self._persist(held, checkpoint.advance(held.record, "end", outcome))
-        await (self._end(held, outcome) if held.record.is_standing else self._settle(held))
-
-    def _merge_orphans(self) -> None:
-        """AVHDs whose checkpoint has no record any more: nobody waits for them, but their bytes count."""
-        for image in self._images.values():
-            overlay = image.overlay
-            if overlay is not None and overlay.head.checkpoint not in self._held:
-                overlay.start_merging()
-                self._nursery.start_soon(self.merge_image, image, overlay)
-
-    async def _expire(self, held: Held) -> None:
-        await trio.sleep(self._resume_timeout_ns / SECOND)
-        if held.record.is_standing:
-            log.warning("checkpoint.expired", checkpoint=held.record.checkpoint)
-            with contextlib.suppress(Refused):
-                await self.end(held.record.checkpoint, "discard")
-
     def close(self) -> None:
         """Let go of the records' files; the last thing at a stop."""
-        for held in self._held.values():
+        for held in self.held.values():
             held.files.close()
 
     def _notify(self) -> None:
         self._changed.set()
         self._changed = trio.Event()
-
-
-async def _nothing_to_invalidate(_reason: str) -> None:
-    """An orphaned AVHD is being merged from the start."""

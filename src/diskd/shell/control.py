@@ -100,8 +100,10 @@ class Control:
     async def _image_release(self, params: api.ImageName, _call: Call) -> ImageInfo:
         return await self._library.release_image(params.image)
 
-    async def _image_open(self, params: api.ImageName, _call: Call) -> ImageInfo:
-        return await self._library.open_image(params.image)
+    async def _image_open(self, params: calls.OpenImage, _call: Call) -> ImageInfo:
+        return await self._library.open_image(
+            params.image, fenced=params.fenced, lost_lease=params.lost_lease
+        )
 
     # --- points, changes, checkpoints
 

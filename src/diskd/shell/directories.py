@@ -3,7 +3,7 @@
 import contextlib
 import shutil
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeAlias, TypeVar
 
 import structlog
 
@@ -11,7 +11,7 @@ from daemonkit import durable
 from daemonkit.errors import HoldfastError
 from diskd.core import avhd, lease
 from diskd.core.geometry import IMAGE_TOML, RAW, Identity, decode_identity
-from diskd.core.inventory import NAME_PATTERN, ImageInfo
+from diskd.core.inventory import NAME_PATTERN, ImageInfo, OwnerInfo
 from diskd.core.lease import LeaseState
 from diskd.core.steps import Script
 from diskd.shell import live_map
@@ -19,6 +19,7 @@ from diskd.shell.files import Files
 from diskd.shell.shared_memory import SharedDirectory
 
 T = TypeVar("T")
+ClosedState: TypeAlias = Literal["released", "elsewhere", "damaged"]
 log = structlog.get_logger()
 
 
@@ -31,14 +32,14 @@ async def run_once(directory: Path, script: Script[T]) -> T:
         files.close()
 
 
-def describe(directory: Path, damage: str | None) -> ImageInfo:
-    """An image that is not open: released, or damaged. Whatever of it can still be read is shown."""
+def describe(directory: Path, state: ClosedState, reason: str, owner: OwnerInfo | None) -> ImageInfo:
+    """An image that is not open. Whatever of it can be read is shown."""
     identity: Identity | None = None
-    state = LeaseState()
+    held = LeaseState()
     files = Files(directory)
     with contextlib.suppress(OSError, HoldfastError):
         identity = decode_identity(durable.read_small_file(directory / IMAGE_TOML))
-        state = files.run_blocking(lease.load())
+        held = files.run_blocking(lease.load())
     files.close()
     geometry = identity.geometry if identity is not None else None
     return ImageInfo(
@@ -48,15 +49,24 @@ def describe(directory: Path, damage: str | None) -> ImageInfo:
         block_bytes=geometry.block_bytes if geometry is not None else 0,
         region_bytes=geometry.region_bytes if geometry is not None else 0,
         allocated_bytes=allocated_bytes(directory),
-        state="released" if damage is None else "damaged",
-        reason=damage,
-        epoch=state.epoch,
-        holder=None if state.released else state.holder,
+        state=state,
+        reason=reason,
+        epoch=held.epoch,
+        holder=None if held.released else held.holder,
         connections=0,
         checkpoint=None,
         merge_remaining_bytes=None,
         points=0,
+        owner=owner,
     )
+
+
+def uuid_of(directory: Path) -> str | None:
+    """Of the image there, if there is one that can be read."""
+    try:
+        return str(decode_identity(durable.read_small_file(directory / IMAGE_TOML)).uuid)
+    except (OSError, HoldfastError):
+        return None
 
 
 def allocated_bytes(directory: Path) -> int:
@@ -74,9 +84,14 @@ def rename(old: Path, new: Path) -> None:
     durable.sync_directory(new.parent)
 
 
-def delete(path: Path, shared_dir: Path) -> None:
+def unborn(directory: Path, name: str, daemon: str) -> Path:
+    """Where a daemon makes an image. Its own name is in it, so that no other sweeps it away."""
+    return directory / f".new-{name}@{daemon}"
+
+
+def delete(path: Path, shared_dir: Path, daemon: str) -> None:
     """The name goes first, durably."""
-    gone = path.with_name(f".gone-{path.name}")
+    gone = path.with_name(f".gone-{path.name}@{daemon}")
     rename(path, gone)
     forget_shared(gone, shared_dir)
     shutil.rmtree(gone)
@@ -91,15 +106,22 @@ def discard(path: Path, shared_dir: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def sweep(directory: Path, shared_dir: Path) -> list[Path]:
-    """Remove what a crash left of creations and deletions; the directories of all images, sorted."""
-    found: list[Path] = []
+def listing(directory: Path) -> list[Path]:
+    """The directories of all images, sorted."""
+    named = (path for path in directory.iterdir() if NAME_PATTERN.fullmatch(path.name) is not None)
+    return sorted(path for path in named if path.is_dir())
+
+
+def sweep(directory: Path, shared_dir: Path, daemon: str) -> list[Path]:
+    """Remove what a crash of this daemon left of creations and deletions (another's may be at work on its
+    own); the directories of all images, sorted."""
+    found = listing(directory)
     for path in sorted(directory.iterdir()):
         if path.name.startswith((".new-", ".gone-")):
-            discard(path, shared_dir)
-        elif path.is_dir() and NAME_PATTERN.fullmatch(path.name) is not None:
-            found.append(path)
-        else:
+            _, at, whose = path.name.partition("@")
+            if not at or whose == daemon:
+                discard(path, shared_dir)
+        elif path not in found:
             log.warning("image.stranger", path=str(path))
     return found
 

@@ -1,5 +1,6 @@
 """A checkpoint that has a record, in memory, and the view of it that a backup holds (ports.FrozenVm)."""
 
+import errno
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
@@ -27,9 +28,15 @@ class Held:
     images: dict[str, OpenImage]
     disks: dict[str, FrozenImage] = attrs.field(factory=dict)
     invalid: bool = False
-    incomplete: bool = False  # an image of it is damaged or released: the next start goes on
+    incomplete: bool = False  # an image of it is damaged: its next opening goes on
+    lost: str | None = None  # why it is no longer this daemon's: an image of it is not
     merging: set[str] = attrs.field(factory=set)
     lock: trio.Lock = attrs.field(factory=trio.Lock)  # one change of the record at a time
+
+    def require_ours(self) -> None:
+        """Raises OSError once the record is another daemon's to change."""
+        if self.lost is not None:
+            raise OSError(errno.ESHUTDOWN, self.lost)
 
 
 class Owner(Protocol):

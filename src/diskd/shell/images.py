@@ -1,7 +1,8 @@
 """The images of a root and their lives: created, imported, opened, released, deleted; at start and stop.
 
-An image is *open* (served, in ``opened``), or *closed*: known and not served, because it was released or
-because it is damaged. One verb at a time works on a name.
+An image is *open* (served, in ``opened``), *broken* (this daemon's, and it could not be opened), or with
+nobody or another daemon, which only its owner record tells (core.ownership). One verb at a time works on a
+name; every few seconds each open image is looked at whether it is still ours.
 """
 
 import contextlib
@@ -15,27 +16,30 @@ from uuid import uuid4
 import structlog
 import trio
 
-from daemonkit import durable
 from daemonkit.errors import HoldfastError
 from daemonkit.units import format_size
 from diskd.core import lease
 from diskd.core.geometry import BLOCK_BYTES_DEFAULT, RAW, REGION_BYTES_DEFAULT, Geometry, Identity
-from diskd.core.inventory import ImageInfo, check_name
-from diskd.core.lease import LeaseState
+from diskd.core.inventory import NAME_PATTERN, ImageInfo, check_name
+from diskd.core.ownership import Lost, Owner
 from diskd.errors import Refused
-from diskd.shell import directories, resizing
+from diskd.shell import directories, owning, resizing
+from diskd.shell.checkpoint_records import sweep as sweep_checkpoints
+from diskd.shell.checkpoint_recovery import CheckpointRecovery
 from diskd.shell.checkpoints import Checkpoints
 from diskd.shell.image import Image, ImageSettings, Writer
 from diskd.shell.image_files import adopt_blocking
 from diskd.shell.imports import SizeCheck
 from diskd.shell.open_image import OpenImage
+from diskd.shell.owning import AT_START, Claimant, NotOurs, Order
+from diskd.shell.raw_layer import now_ns
 
 log = structlog.get_logger()
 
 Fill = Callable[[Path, SizeCheck], Awaitable[None]]
 
 GRAINS: Final = (BLOCK_BYTES_DEFAULT, REGION_BYTES_DEFAULT)
-_RELEASED: Final = "released"
+_CHECK_SECONDS: Final = 2.0  # how long a daemon may serve what an operator wrongly gave to another
 STOP_SECONDS: Final = 60.0  # a clean stop flushes; beyond this the next start recovers instead
 
 
@@ -48,6 +52,7 @@ class Images:
         settings: ImageSettings,
         opened: dict[str, OpenImage],
         checkpoints: Checkpoints,
+        claimant: Claimant,
         *,
         nursery_that_outlives_calls: trio.Nursery,
     ) -> None:
@@ -55,21 +60,28 @@ class Images:
         self._settings = settings
         self._opened = opened
         self._checkpoints = checkpoints
+        self._broken: dict[str, str] = {}  # this daemon's, and why it cannot be opened, or was lost
         self._nursery = nursery_that_outlives_calls
-        self._closed: dict[str, str | None] = {}  # released (None), or damaged with the reason
+        self._claimant = claimant
+        self._recovery = CheckpointRecovery(checkpoints, self._is_elsewhere, self._broken.__contains__)
         self._in_work: set[str] = set()
+        self._being_checked: set[str] = set()
 
     # --- looking -----------------------------------------------------------------------------------
 
     def list_all(self) -> list[ImageInfo]:
-        """Sorted by name; damaged and released ones included."""
-        return [self.show(name) for name in sorted(self._opened.keys() | self._closed.keys())]
+        """Sorted by name; those included that are not open here."""
+        names = {path.name for path in directories.listing(self._directory)}
+        return [self.show(name) for name in sorted(names | self._opened.keys())]
 
     def show(self, name: str) -> ImageInfo:
         """Raises Refused where there is none of that name."""
-        if name in self._closed:
-            return directories.describe(self._directory / name, self._closed[name])
-        image = self.find(name)
+        image = self._opened.get(name)
+        if image is None:
+            closed, reason, owner = self._whose(name)
+            return directories.describe(
+                self._directory / name, closed, reason, owning.owner_info(self._claimant, owner)
+            )
         overlay, state = image.overlay, image.lease_state
         merging = overlay is not None and overlay.merge is not None
         return ImageInfo(
@@ -89,20 +101,40 @@ class Images:
             if overlay is not None and merging
             else None,
             points=len(image.image.points()),
+            owner=image.ownership.show(),
         )
+
+    def _whose(self, name: str) -> tuple[directories.ClosedState, str, Owner | None]:
+        """The state, the reason and the owner of an image that is not open here. Raises Refused."""
+        path = self._directory / name
+        if NAME_PATTERN.fullmatch(name) is None or not path.is_dir():
+            raise Refused(f"there is no image {name!r}")
+        try:
+            owner = owning.owner_blocking(path)
+        except (OSError, HoldfastError) as error:
+            return "damaged", str(error), None
+        if name in self._broken and (owner is None or owner.daemon.name == self._claimant.me.name):
+            return "damaged", self._broken[name], owner
+        state, reason = owning.explain(owner, self._claimant)
+        lost = self._broken.get(name)
+        return state, f"{reason}; {lost}" if lost is not None else reason, owner
+
+    def _is_elsewhere(self, name: str, uuid: str) -> bool:
+        """For the recovery of checkpoints: it exists, and is not this daemon's to serve."""
+        if name in self._opened or name in self._broken:
+            return False
+        return directories.uuid_of(self._directory / name) == uuid
 
     def find(self, name: str) -> OpenImage:
         """Raises Refused, with what else it is."""
         image = self._opened.get(name)
         if image is not None:
             return image
-        if name in self._closed:
-            reason = self._closed[name]
-            remedy = f"open it again: diskctl image open {name}"
-            raise Refused(
-                f"image {name} is {'released' if reason is None else f'damaged: {reason}'}; {remedy}"
-            )
-        raise Refused(f"there is no image {name!r}")
+        state, reason, owner = self._whose(name)
+        text = f"damaged: {reason}" if state == "damaged" else reason
+        if owner is not None and owner.state == "serving" and state == "elsewhere":
+            raise Refused(f"image {name} is {text}; ask there")
+        raise Refused(f"image {name} is {text}; open it again: diskctl image open {name}")
 
     @contextlib.contextmanager
     def _working_on(self, name: str) -> Iterator[None]:
@@ -132,7 +164,7 @@ class Images:
                 size_bytes = (directory / RAW).stat().st_size
                 identity = Identity(uuid4(), Geometry.check(size_bytes, *GRAINS))
                 await trio.to_thread.run_sync(adopt_blocking, directory, identity)
-                await directories.run_once(directory, lease.persist(LeaseState()))
+                await directories.run_once(directory, lease.found(self._claimant.me, now_ns()))
             except OSError as error:
                 raise Refused(f"image {name} cannot be imported: {error.strerror or error}") from error
             return await self._publish(name, directory)
@@ -175,9 +207,9 @@ class Images:
     async def _new(self, name: str) -> AsyncIterator[Path]:
         """Where it is made; nothing of it is left if that fails."""
         with self._working_on(check_name("an image", name)):
-            if name in self._opened or name in self._closed:
+            if (self._directory / name).exists():
                 raise Refused(f"image {name} exists already: choose another name, or delete it first")
-            directory = self._directory / f".new-{name}"
+            directory = directories.unborn(self._directory, name, self._claimant.me.name)
             try:
                 yield directory
             finally:
@@ -193,7 +225,7 @@ class Images:
     ) -> None:
         try:
             await Image.create(directory, size_bytes, block_bytes=block_bytes, region_bytes=region_bytes)
-            await directories.run_once(directory, lease.persist(LeaseState()))
+            await directories.run_once(directory, lease.found(self._claimant.me, now_ns()))
         except OSError as error:
             raise Refused(f"the image cannot be created: {error}") from error
 
@@ -202,20 +234,20 @@ class Images:
             await trio.to_thread.run_sync(directories.rename, directory, self._directory / name)
         except OSError as error:
             raise Refused(f"image {name} cannot be created: {error}") from error
-        await self._serve(name)
+        await self._serve(name, Order())
         log.info("image.created", image=name)
         return self.show(name)
 
-    async def _serve(self, name: str) -> None:
+    async def _serve(self, name: str, order: Order) -> None:
         """Open it and put it into the catalog. Raises Refused or Damaged."""
-        image = await OpenImage.open(self._directory / name, self._settings)
+        image = await OpenImage.open(self._directory / name, self._settings, self._claimant, order)
         try:
-            await self._checkpoints.attach(image)
+            await self._recovery.attach(image)
         except BaseException:
             with trio.move_on_after(STOP_SECONDS, shield=True):
                 await image.close()
             raise
-        self._closed.pop(name, None)
+        self._broken.pop(name, None)
         self._opened[name] = image
         await self._nursery.start(image.image.run)
 
@@ -229,8 +261,11 @@ class Images:
         """The paths that are (or, dry, would be) removed. Refused while the image is in use."""
         with self._working_on(name):
             path = self._directory / name
-            if name not in self._closed:
-                self._refuse_use(self.find(name), "delete")
+            image = self._opened.get(name)
+            if image is not None:
+                self._refuse_use(image, "delete")
+            else:
+                self._whose(name)
             paths = sorted(str(found) for found in [path, *path.rglob("*")])
             if dry_run:
                 return paths
@@ -239,12 +274,13 @@ class Images:
 
     async def _remove(self, name: str) -> None:
         image = self._opened.pop(name, None)
-        self._closed.pop(name, None)
-        if image is not None:
-            await image.close()
-        path, shared = self._directory / name, self._settings.shared_dir
+        path, shared, me = self._directory / name, self._settings.shared_dir, self._claimant.me.name
         try:
-            await trio.to_thread.run_sync(directories.delete, path, shared)
+            if image is not None:
+                await image.close()
+            async with owning.claimed_for_deletion(path, self._claimant):
+                await trio.to_thread.run_sync(directories.delete, path, shared, me)
+            self._broken.pop(name, None)
         except OSError as error:
             raise Refused(f"image {name} cannot be deleted: {error}") from error
         log.info("image.deleted", image=name)
@@ -258,7 +294,7 @@ class Images:
                 f"image {image.name} is under lease (epoch {held.epoch}, {held.holder}): release it"
             )
         checkpoint = self._checkpoints.using(image.name) or (image.overlay and image.checkpoint)
-        if checkpoint:
+        if checkpoint and not (verb == "release" and self._recovery.waits(image)):
             raise Refused(f"image {image.name} is part of checkpoint {checkpoint}: wait until it is merged")
 
     async def release(self, name: str) -> ImageInfo:
@@ -267,48 +303,85 @@ class Images:
             image = self.find(name)
             self._refuse_use(image, "release")
             del self._opened[name]
-            self._closed[name] = None
+            self._recovery.detach(image, f"image {name} was released")
+            if image.image.failure is not None:
+                self._broken[name] = image.image.failure
             try:
-                await trio.to_thread.run_sync(durable.replace_file, self._directory / name / _RELEASED, b"")
-                await image.close()
+                await image.close("released")
             except OSError as error:
-                self._closed[name] = str(error)
+                self._broken[name] = str(error)
                 raise Refused(f"image {name} could not be closed cleanly: {error}") from error
+            log.info("image.released", image=name)
             return self.show(name)
 
-    async def open(self, name: str) -> ImageInfo:
-        """Serve a released image again, or one that was damaged and has been repaired."""
+    async def open(self, name: str, order: Order) -> ImageInfo:
+        """Serve an image that is released, was damaged and is repaired, or is a dead daemon's."""
         with self._working_on(name):
-            if name not in self._closed:
-                return self.show(name)
-            await self._serve(name)
-            await trio.to_thread.run_sync(durable.remove_file, self._directory / name / _RELEASED)
+            if name not in self._opened:
+                self._whose(name)
+                try:
+                    await self._serve(name, order)
+                except OSError as error:
+                    raise Refused(f"image {name} cannot be opened: {error}") from error
             return self.show(name)
 
     # --- start and stop ----------------------------------------------------------------------------
 
     async def start(self) -> None:
         """Open every image, then take up what their checkpoints left behind. Called once."""
-        shared = self._settings.shared_dir
-        for path in await trio.to_thread.run_sync(directories.sweep, self._directory, shared):
+        shared, me = self._settings.shared_dir, self._claimant.me.name
+        for path in await trio.to_thread.run_sync(directories.sweep, self._directory, shared, me):
             name = path.name
-            if (path / _RELEASED).exists():
-                self._closed[name] = None
-                continue
             try:
-                self._opened[name] = await OpenImage.open(path, self._settings)
+                self._opened[name] = await OpenImage.open(path, self._settings, self._claimant, AT_START)
+            except (NotOurs, Lost) as error:
+                log.info("image.elsewhere", image=name, reason=str(error))
             except (OSError, HoldfastError) as error:
                 self._refuse_image(name, str(error))
-        for name, reason in (await self._checkpoints.recover(self._closed)).items():
+        await sweep_checkpoints(self._checkpoints.directory, me)
+        for name, reason in (await self._recovery.recover()).items():
             image = self._opened.pop(name)
             self._refuse_image(name, reason)
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, Lost):
                 await image.close()
         for image in self._opened.values():
             await self._nursery.start(image.image.run)
+        self._nursery.start_soon(self._watch)
+
+    async def _watch(self) -> None:
+        """See to it that nothing is served that somebody else has."""
+        while True:
+            await trio.sleep(_CHECK_SECONDS)
+            for name, image in list(self._opened.items()):
+                if name not in self._being_checked and name not in self._in_work:
+                    self._being_checked.add(name)
+                    self._nursery.start_soon(self._check, name, image)
+
+    async def _check(self, name: str, image: OpenImage) -> None:
+        """In a task of its own: storage that hangs must not keep the other images from being looked at."""
+        try:
+            await image.ownership.check()
+        except Lost as error:
+            if name not in self._in_work:
+                await self._lose(name, image, str(error))
+        except OSError as error:
+            log.warning("image.not_checked", image=name, reason=str(error))
+        finally:
+            self._being_checked.discard(name)
+
+    async def _lose(self, name: str, image: OpenImage, reason: str) -> None:
+        """Stop serving what is not ours any more."""
+        if self._opened.get(name) is not image:
+            return
+        with self._working_on(name):
+            del self._opened[name]
+            self._broken[name] = f"this daemon lost it: {reason}"
+            log.error("image.lost", image=name, reason=reason)
+            self._recovery.detach(image, f"image {name} was lost: {reason}")
+            await image.lose(f"the image is not served here any more: {reason}")
 
     def _refuse_image(self, name: str, reason: str) -> None:
-        self._closed[name] = reason
+        self._broken[name] = reason
         log.error("image.damaged", image=name, reason=reason)
 
     async def stop(self) -> None:
@@ -316,8 +389,9 @@ class Images:
         for image in self._opened.values():
             try:
                 await image.close()
-            except OSError as error:
+            except (OSError, Lost) as error:
                 log.warning("image.close_failed", image=image.name, reason=str(error))
+        self._recovery.close()
 
 
 async def _close_shielded(image: Image) -> None:

@@ -1,10 +1,10 @@
 """All images under one root: the catalog of exports, leases, checkpoints, points, recovery and merges.
 
-ROOT/lock                 held while a daemon serves the root
-ROOT/images/NAME/         one image (DESIGN.md section 7); ``released`` in it: another daemon may open it
-ROOT/images/.new-NAME     being created or imported; swept at the start
-ROOT/images/.gone-NAME    being deleted; swept at the start
-ROOT/checkpoints/ID/      one checkpoint's record
+ROOT/daemons/                   the daemons that serve it (daemons.py): each image is one's (ADR 0014)
+ROOT/images/NAME/               one image (DESIGN.md section 7)
+ROOT/images/.new-NAME@DAEMON    being created or imported; swept at that daemon's start
+ROOT/images/.gone-NAME@DAEMON   being deleted; swept at that daemon's start
+ROOT/checkpoints/ID/            one checkpoint's record; whoever has its images has it
 """
 
 import os
@@ -26,8 +26,10 @@ from diskd.core.inventory import (
     Outcome,
     PointInfo,
 )
+from diskd.core.ownership import Daemon
 from diskd.core.ports import Export, FrozenVm
 from diskd.errors import Refused
+from diskd.shell import daemons
 from diskd.shell.checkpoints import Checkpoints
 from diskd.shell.exports import Exports
 from diskd.shell.forks import Forks
@@ -36,6 +38,7 @@ from diskd.shell.images import STOP_SECONDS, Images
 from diskd.shell.imports import Progress, fill_from_file, fill_from_stream
 from diskd.shell.open_image import OpenImage
 from diskd.shell.overlay_settings import OverlaySettings
+from diskd.shell.owning import Claimant, Order
 
 __all__ = ["Library", "Progress", "open_library"]
 
@@ -52,19 +55,23 @@ class Library:
         root: Path,
         settings: LibrarySettings,
         image_settings: ImageSettings,
+        me: Daemon | None = None,
         *,
         nursery_that_outlives_calls: trio.Nursery,
     ) -> None:
+        me = me or daemons.identify(settings, image_settings.boot_id_file)
+        self._root = root
+        self._me = me
         self._images: dict[str, OpenImage] = {}
         overlay_settings = OverlaySettings(
             settings.merge_batch_bytes, settings.avhd_limit_bytes, settings.merge_rate
         )
-        boot_id = image_settings.boot_id_file.read_text().strip()
         self._checkpoints = Checkpoints(
             root / "checkpoints",
             self._images,
-            Forks(image_settings.shared_dir, boot_id, overlay_settings),
+            Forks(image_settings.shared_dir, me.boot_id, overlay_settings),
             settings.checkpoint_resume_timeout_ns,
+            me.name,
             nursery_that_outlives_calls=nursery_that_outlives_calls,
         )
         self._lives = Images(
@@ -72,6 +79,7 @@ class Library:
             image_settings,
             self._images,
             self._checkpoints,
+            Claimant(me, root / "daemons"),
             nursery_that_outlives_calls=nursery_that_outlives_calls,
         )
         self._exports = Exports(self._images, self._checkpoints)
@@ -133,9 +141,11 @@ class Library:
         """Close it cleanly, so that another daemon can open it with its tracking intact."""
         return await self._lives.release(name)
 
-    async def open_image(self, name: str) -> ImageInfo:
-        """Serve a released image again, or one that was damaged and has been repaired."""
-        return await self._lives.open(name)
+    async def open_image(
+        self, name: str, *, fenced: str | None = None, lost_lease: bool = False
+    ) -> ImageInfo:
+        """Serve an image that is released, was damaged and is repaired, or is a dead daemon's."""
+        return await self._lives.open(name, Order("open", fenced, lost_lease))
 
     def activity(self, images: list[str]) -> ActivityReport:
         """daemonkit.diskd_api.IMAGE_ACTIVITY."""
@@ -233,6 +243,13 @@ class Library:
         """Every checkpoint that has a record, oldest first, pending ones included."""
         return self._checkpoints.infos()
 
+    def announce(self, control: str) -> None:
+        """Tell other daemons of this root where this one answers."""
+        try:
+            daemons.announce(self._root / "daemons", self._me, control)
+        except OSError as error:
+            raise Refused(f"{error.filename}: {error.strerror}") from error
+
     # --- start and stop ----------------------------------------------------------------------------
 
     async def start(self) -> None:
@@ -260,17 +277,18 @@ async def open_library(root: Path, settings: LibrarySettings | None = None) -> A
         usual.boot_id_file if chosen.boot_id_file is None else Path(chosen.boot_id_file),
     )
     try:
-        for path in (root, root / "images", root / "checkpoints"):
+        for path in (root, root / "images", root / "checkpoints", root / "daemons"):
             path.mkdir(exist_ok=True, parents=path is root)
         durable.sync_directory(root)  # what is durable inside them is nothing without their names
-        lock = durable.lock_file(root / "lock")
+        me = daemons.identify(chosen, image_settings.boot_id_file)
+        lock = daemons.lock(root / "daemons", me)
     except OSError as error:
         raise Refused(f"{root}: {error.strerror}") from error
     failure: Exception | None = None
     library: Library | None = None
     try:
         async with trio.open_nursery() as nursery:
-            library = Library(root, chosen, image_settings, nursery_that_outlives_calls=nursery)
+            library = Library(root, chosen, image_settings, me, nursery_that_outlives_calls=nursery)
             try:
                 await library.start()
                 yield library
@@ -285,4 +303,5 @@ async def open_library(root: Path, settings: LibrarySettings | None = None) -> A
         if library is not None:
             with trio.move_on_after(STOP_SECONDS, shield=True):
                 await library.stop()
+        daemons.withdraw(root / "daemons", me)
         os.close(lock)

@@ -5,7 +5,8 @@ connection's writer carries. Taking a lease makes it durable, raises it in memor
 older check fails), waits for what older epochs had submitted, drops their connections, and then answers.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
@@ -15,11 +16,13 @@ import trio
 from daemonkit.diskd_api import Activity, Lease
 from diskd.core import lease
 from diskd.core.lease import Claim, Decision, LeaseState
+from diskd.core.ownership import Lost, State
 from diskd.core.ports import Allocation, Device, Export
 from diskd.errors import Fenced, Refused
 from diskd.shell.files import Files
 from diskd.shell.image import Image, ImageSettings, Writer
 from diskd.shell.overlay import OverlayLayer
+from diskd.shell.owning import Claimant, Order, Ownership
 
 CONNECTIONS_MAX: Final = 256  # per image; a guest has one, a parallel copy tool some dozens
 
@@ -37,33 +40,92 @@ class Session:
 class OpenImage:
     """Made by ``open``. ``overlay`` and ``checkpoint`` are shell.checkpoints' to set."""
 
-    def __init__(self, image: Image, files: Files, state: LeaseState) -> None:
+    def __init__(self, image: Image, files: Files, state: LeaseState, ownership: Ownership) -> None:
         self.image = image
         self.files = files
         self.lease_state = state
+        self.ownership = ownership
         self.overlay: OverlayLayer | None = None
         self.checkpoint: str | None = None
         self.stuck: str | None = None  # why its AVHD cannot be merged before it is reopened
         self._lock = trio.Lock()  # one change of the lease, or of who holds it, at a time
         self._sessions: list[Session] = []
+        self._merges: list[tuple[trio.CancelScope, trio.Event]] = []
 
     @classmethod
-    async def open(cls, directory: Path, settings: ImageSettings) -> "OpenImage":
-        """Raises Refused or Damaged."""
+    async def open(
+        cls, directory: Path, settings: ImageSettings, claimant: Claimant, order: Order
+    ) -> "OpenImage":
+        """It is this daemon's before anything of it is touched. Raises NotOurs, Refused or Damaged."""
         files = Files(directory)
         try:
-            state = await files.run(lease.load())
-            return cls(await Image.open(directory, settings), files, state)
+            ownership = await Ownership.claim(files, claimant, order)
+            try:
+                state = await ownership.load_lease(order)
+                return cls(await Image.open(directory, settings), files, state, ownership)
+            except BaseException:
+                with trio.CancelScope(shield=True), contextlib.suppress(OSError, Lost):
+                    await ownership.undo()
+                raise
         except BaseException:
             files.close()
             raise
 
-    async def close(self) -> None:
-        """A clean stop. Connections are gone by now."""
+    async def close(self, leave: State = "closed") -> None:
+        """A clean stop; connections are gone by now. Only when everything is durable the owner record says
+        that the image is not served any more. Raises Lost, and then has written nothing."""
         try:
-            await self.image.close()
+            with trio.CancelScope(shield=True):
+                try:
+                    with contextlib.suppress(OSError):  # of storage that does not answer closing tells more
+                        await self.ownership.check()
+                except Lost:
+                    self.abandon()
+                    raise
+                is_clean = self.image.failure is None
+                await self.image.close()
+                if is_clean:
+                    await self.ownership.leave(leave)
         finally:
             self.files.close()
+
+    def abandon(self) -> None:
+        """Let go without a word to the disk, as a killed daemon does: somebody else has the image."""
+        if self.overlay is not None:
+            self.overlay.abandon()
+        self.image.abandon()
+        self.files.close()
+
+    async def lose(self, reason: str) -> None:
+        """The image is not ours any more: everybody out at once, then wait for what is submitted, and let go.
+
+        Storage that hangs makes that wait long; the files must stay open for as long as calls use them."""
+        self.image.fail(reason)
+        sessions = list(self._sessions)
+        for session in sessions:
+            session.revoked = session.revoked or reason
+            session.drop(reason)
+        for session in sessions:
+            if session.writer is not None:
+                await self.image.drain(session.writer)
+        while self._merges:
+            scope, ended = self._merges[-1]
+            scope.cancel(reason=reason)
+            await ended.wait()
+        async with self._lock, self.image.flush_turn, self.image.catalogue_turn, self.image.commit_turn:
+            self.abandon()
+
+    @contextlib.contextmanager
+    def merging(self) -> Iterator[None]:
+        """Around a merge: cut short where the image is lost."""
+        scope, ended = trio.CancelScope(), trio.Event()
+        self._merges.append((scope, ended))
+        try:
+            with scope:
+                yield
+        finally:
+            self._merges.remove((scope, ended))
+            ended.set()
 
     @property
     def name(self) -> str:
@@ -93,7 +155,7 @@ class OpenImage:
         """Answers when the new state is durable and nothing of what it fences is under way any more."""
         async with self._lock:
             old = self.lease_state
-            new = await self.files.run(lease.change(old, decision, epoch, holder))
+            new = await self.ownership.change_lease(old, decision, epoch, holder)
             self.lease_state = new
             await self._end([session for session in self._sessions if self._is_stale(session)])
             return new.show(self.name)

@@ -1,0 +1,209 @@
+"""Takes up checkpoints that an earlier process left, or another daemon whose images came here (B6).
+
+A record belongs to whoever serves *all* of its images that still exist. While a VM's images are with two
+daemons (half-way through a move), nobody acts on the record: it *waits*, its images are served over their
+AVHDs, and nothing is merged, since its frozen view may still be somebody's. When the last image arrives, the
+record is read anew and goes on as after a restart: one of a backup ends as pending and is merged, one begun
+by hand stands for ``checkpoint_resume_timeout`` from then on.
+"""
+
+import contextlib
+from collections.abc import Callable
+from functools import partial
+
+import structlog
+import trio
+
+from daemonkit.errors import HoldfastError
+from daemonkit.units import SECOND
+from diskd.core import checkpoint
+from diskd.core.checkpoint import Record
+from diskd.core.inventory import Outcome
+from diskd.errors import Refused
+from diskd.shell.checkpoint_records import load_records
+from diskd.shell.checkpoints import Checkpoints
+from diskd.shell.forks import left_behind
+from diskd.shell.frozen import FrozenImage
+from diskd.shell.held import Held, Invalidate
+from diskd.shell.open_image import OpenImage
+
+log = structlog.get_logger()
+
+# Of an image's name and uuid: it exists, and is not this daemon's to serve.
+IsElsewhere = Callable[[str, str], bool]
+# Of an image's name: it is this daemon's, and cannot be opened.
+IsBroken = Callable[[str], bool]
+
+
+class CheckpointRecovery:
+    """``recover`` goes with a start, ``attach`` and ``detach`` with one image opened or closed later."""
+
+    def __init__(self, checkpoints: Checkpoints, is_elsewhere: IsElsewhere, is_broken: IsBroken) -> None:
+        self._checkpoints = checkpoints
+        self._is_elsewhere = is_elsewhere
+        self._is_broken = is_broken
+        self._waiting: dict[str, Held] = {}
+
+    async def recover(self) -> dict[str, str]:
+        """Take up what the records say. Every image is open, and has no writer yet.
+
+        Returns those that must not be served, with the reason: the caller closes them.
+        """
+        records = await self._load(dict(self._checkpoints.images))
+        refused: dict[str, str] = {}
+        for image in list(self._checkpoints.images.values()):
+            try:
+                await self._put_over(image)
+            except (OSError, HoldfastError) as error:
+                refused[image.name] = str(error)
+        for held in records:
+            for name in refused:
+                held.images.pop(name, None)
+            held.incomplete = any(
+                disk.image in refused or self._is_broken(disk.image) for disk in held.record.disks
+            )
+            await self._resume(held)
+        for image in self._checkpoints.images.values():
+            self._merge_orphan(image)
+        return refused
+
+    async def attach(self, image: OpenImage) -> None:
+        """The same for one image opened later, which is not among the open ones yet."""
+        known = {**self._checkpoints.images, image.name: image}
+        fresh = await self._load(known)
+        await self._put_over(image)
+        for held in self._checkpoints.held.values():
+            if held not in fresh and held.incomplete and _names(held.record, image):
+                held.images[image.name] = image
+                held.incomplete = any(self._is_broken(name) for name in _others(held.record, image))
+                fresh.append(held)
+        for held in fresh:
+            for known_image in held.images.values():
+                known_image.stuck = None
+            await self._resume(held)
+        self._merge_orphan(image)
+
+    def detach(self, image: OpenImage, reason: str) -> None:
+        """The image is served no more, though it exists: its records are somebody else's, or wait."""
+        for records in (self._checkpoints.held, self._waiting):
+            for identifier, held in list(records.items()):
+                if not _names(held.record, image):
+                    continue
+                del records[identifier]
+                held.lost = reason
+                for disk in held.disks.values():
+                    disk.end(reason)
+                held.files.close()
+
+    def waits(self, image: OpenImage) -> bool:
+        """Its AVHD's record waits for another image: so it may be given away as it is."""
+        return image.checkpoint in self._waiting
+
+    def close(self) -> None:
+        """Let go of the files of records that wait."""
+        for held in self._waiting.values():
+            held.files.close()
+
+    async def _load(self, known: dict[str, OpenImage]) -> list[Held]:
+        """The records that became ours; others wait, or are ours already."""
+        found: list[Held] = []
+        for record, invalid, files in await load_records(self._checkpoints.directory):
+            images = {
+                disk.image: known[disk.image]
+                for disk in record.disks
+                if disk.image in known and str(known[disk.image].image.uuid) == disk.uuid
+            }
+            elsewhere = [
+                disk.image
+                for disk in record.disks
+                if disk.image not in images and self._is_elsewhere(disk.image, disk.uuid)
+            ]
+            waited = self._waiting.pop(record.checkpoint, None)
+            if waited is not None:
+                waited.files.close()
+            held = Held(record, files, images, invalid=invalid)
+            if record.checkpoint in self._checkpoints.held or (elsewhere and not images):
+                files.close()
+            elif elsewhere:
+                self._waiting[record.checkpoint] = held
+                log.warning("checkpoint.waits", checkpoint=record.checkpoint, images=elsewhere)
+            else:
+                self._checkpoints.held[record.checkpoint] = held
+                found.append(held)
+        return found
+
+    async def _put_over(self, image: OpenImage) -> None:
+        """Put a left-behind AVHD over its parent again."""
+        head = await left_behind(image)
+        if head is None:
+            return
+        overlay = await self._checkpoints.forks.attach(image, head, self._invalidator(head.checkpoint))
+        image.image.layer = image.overlay = overlay
+        image.checkpoint = head.checkpoint
+        waited = self._waiting.get(head.checkpoint)
+        if waited is not None:
+            others = ", ".join(sorted(set(_others(waited.record, image)) - waited.images.keys()))
+            image.stuck = f"{others} of its checkpoint {head.checkpoint} is not with this daemon"
+
+    def _invalidator(self, identifier: str) -> Invalidate:
+        """Of whatever holds the record at that time; an orphaned AVHD is being merged from the start."""
+
+        async def invalidate(reason: str) -> None:
+            held = self._checkpoints.held.get(identifier) or self._waiting.get(identifier)
+            if held is not None:
+                await self._checkpoints.invalidator(held)(reason)
+
+        return invalidate
+
+    def _merge_orphan(self, image: OpenImage) -> None:
+        """An AVHD whose checkpoint has no record any more: nobody waits for it, but its bytes count."""
+        overlay = image.overlay
+        if overlay is None or overlay.merge is not None or self.waits(image):
+            return
+        if overlay.head.checkpoint not in self._checkpoints.held:
+            overlay.start_merging()
+            self._checkpoints.nursery.start_soon(self._checkpoints.merge_image, image, overlay)
+
+    async def _resume(self, held: Held) -> None:
+        decision = checkpoint.recover(held.record, invalid=held.invalid)
+        if decision.standing:
+            for disk in held.record.disks:
+                image = held.images.get(disk.image)
+                if image is not None and image.overlay is not None:
+                    held.disks[disk.name] = FrozenImage(image.image, image.overlay, held.record.point)
+            self._checkpoints.nursery.start_soon(self._expire, held)
+            return
+        checkpoints = self._checkpoints
+        is_ending = held.record.state == "ending"
+        action = partial(checkpoints.settle_points if is_ending else checkpoints.finish, held)
+        if decision.end is not None:
+            action = partial(self._abandon, held, decision.end)
+        else:
+            checkpoints.start_merging(held, "the daemon was restarted")
+        with contextlib.suppress(OSError):  # what a full disk does not take is made up for
+            await checkpoints.insist(held, action)
+
+    async def _abandon(self, held: Held, outcome: Outcome) -> None:
+        if held.record.state == "preparing":
+            async with held.lock:
+                self._checkpoints.start_merging(held, "the checkpoint never came about")
+                await self._checkpoints.persist(held, checkpoint.advance(held.record, "end", outcome))
+        if held.record.is_standing:
+            await self._checkpoints.end_held(held, outcome)
+        else:
+            await self._checkpoints.settle_points(held)
+
+    async def _expire(self, held: Held) -> None:
+        await trio.sleep(self._checkpoints.resume_timeout_ns / SECOND)
+        if held.record.is_standing and held.lost is None:
+            log.warning("checkpoint.expired", checkpoint=held.record.checkpoint)
+            with contextlib.suppress(Refused):
+                await self._checkpoints.end(held.record.checkpoint, "discard")
+
+
+def _names(record: Record, image: OpenImage) -> bool:
+    return any((disk.image, disk.uuid) == (image.name, str(image.image.uuid)) for disk in record.disks)
+
+
+def _others(record: Record, image: OpenImage) -> list[str]:
+    return [disk.image for disk in record.disks if disk.image != image.name]
