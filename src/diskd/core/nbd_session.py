@@ -46,6 +46,8 @@ from diskd.core.nbd_wire import (
 BUFFER_BYTES: Final = 256 << 10
 # A longer payload that is not complete yet gets memory of its own, into which the rest is received.
 PAYLOAD_BUFFERED_MAX: Final = 64 << 10
+# After such a payload another one is likely: little of it is taken before its header says where it belongs.
+_PEEK_BYTES: Final = 16 << 10
 
 
 class State(enum.Enum):
@@ -143,6 +145,7 @@ class Session:
         self._skip = 0
         self._payload: _Payload | None = None
         self._spare: bytearray | None = None
+        self._had_payload = False
         self._out: list[bytes | bytearray | memoryview] = [wire.greeting()]
         self._state = State.FLAGS
         self._haggling = Haggling(self._out)
@@ -166,7 +169,7 @@ class Session:
             return memoryview(self._payload.data)[self._payload.filled :]
         if self._start == self._end:
             self._start = self._end = 0
-            return self._view
+            return self._view[:_PEEK_BYTES] if self._had_payload else self._view
         if self._start and self._end > BUFFER_BYTES // 2:
             rest = self._end - self._start
             self._buffer[:rest] = self._buffer[self._start : self._end]
@@ -179,6 +182,7 @@ class Session:
             self._payload.filled += count
         else:
             self._end += count
+            self._had_payload = False
 
     # What nbd_plain needs in order to serve from the buffer directly.
 
@@ -365,7 +369,7 @@ class Session:
         payload = self._payload
         if payload is None or payload.filled < len(payload.data):
             return None
-        self._payload = None
+        self._payload, self._had_payload = None, True
         return payload.header._replace(data=memoryview(payload.data))
 
     # --- replies, in any order
