@@ -4,7 +4,7 @@
 set -uo pipefail
 declare -A programs=(
     [qemu-utils]="qemu-img" [libnbd-bin]="nbdinfo" [nbdkit]="nbdkit" [e2fsprogs]="/usr/sbin/mke2fs"
-    [etcd-server]="etcd" [fio]="fio"
+    [etcd-server]="etcd" [fio]="fio" [btrfs-progs]="/usr/sbin/mkfs.btrfs" [xfsprogs]="/usr/sbin/mkfs.xfs"
 )
 missing=()
 for package in "${!programs[@]}"; do

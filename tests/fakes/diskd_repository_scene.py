@@ -22,6 +22,7 @@ STEPS = [
     "create",
     "write",
     "set_size",
+    "clone",
     "sync",
     "sync_directory",
     "publish",
@@ -80,6 +81,10 @@ class LossyFiles(CrashingFiles):
     def set_size(self, descriptor, size):
         super().set_size(descriptor, size)
         self.unsynced.add(self.open[descriptor])
+
+    def clone(self, source, offset, descriptor, to, length):
+        self.unsynced.add(self.open[descriptor])
+        return super().clone(source, offset, descriptor, to, length)
 
     def sync(self, descriptor):
         super().sync(descriptor)

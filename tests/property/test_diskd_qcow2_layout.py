@@ -65,15 +65,15 @@ def disks(draw, grain=SECTOR, blocks=160):
     return size, runs
 
 
-def write_layer(size, runs, cluster, model, base=None, backing=None):
+def write_layer(size, runs, cluster, model, base=None, backing=None, portion=7 * SECTOR):
     """Write runs into a new file, apply them to ``model``, and return the file."""
     file = MemoryFile()
     writer = Qcow2Writer(file.write, size_bytes=size, cluster_bytes=cluster, backing=backing, base=base)
     for start, length, kind, fill in runs:
         data = bytes([fill]) * length if kind == "data" else bytes(length)
         if kind in ("data", "nul"):
-            for piece in range(0, length, 7 * SECTOR):
-                writer.data(start + piece, data[piece : piece + 7 * SECTOR])
+            for piece in range(0, length, portion):
+                writer.data(start + piece, data[piece : piece + portion])
         else:
             writer.zero(start, length)
         model[start : start + length] = data
@@ -105,6 +105,43 @@ def test_a_chain_reads_as_the_model_says(full, cluster, layers):
     assert read_chain(readers, 0, len(model)) == bytes(model)
     middle = len(model) // 3
     assert read_chain(readers, middle, len(model) - middle) == bytes(model[middle:])
+
+
+@settings(max_examples=100, deadline=None)
+@given(disks(), st.sampled_from(CLUSTER_SIZES), st.data())
+def test_what_is_shared_is_not_written_and_what_is_left_is(full, cluster, data):
+    """Whatever parts another file gives: the new file is the same, and each byte comes once."""
+    size, runs = full
+    model = bytearray(size)
+    expected = write_layer(size, runs, cluster, model, portion=1 << 20)
+    file, written, shared = MemoryFile(), [], []
+
+    def write(offset, content):
+        written.append((offset, offset + len(content)))
+        file.write(offset, bytes(content))
+
+    def share(offset, host, length):
+        cuts = sorted(data.draw(st.sets(st.integers(0, length // SECTOR), max_size=4)))
+        given = [(a * SECTOR, b * SECTOR) for a, b in zip(cuts[::2], cuts[1::2], strict=False)]
+        left, position = [], 0
+        for start, end in given:
+            inside = model[offset + start : offset + end]
+            file.write(host + start, bytes(inside) + bytes(end - start - len(inside)))
+            shared.append((host + start, host + end))
+            if start > position:
+                left.append((position, start))
+            position = end
+        return [*left, (position, length)] if position < length else left
+
+    writer = Qcow2Writer(write, size_bytes=size, cluster_bytes=cluster, share=share)
+    for start, length, kind, fill in runs:
+        if kind in ("data", "nul"):
+            writer.data(start, (bytes([fill]) if kind == "data" else b"\0") * length)
+        else:
+            writer.zero(start, length)
+    file.data.extend(bytes(writer.finish() - len(file.data)))
+    assert bytes(file.data) == bytes(expected.data)
+    assert not any(a < d and c < b for a, b in written for c, d in shared)
 
 
 @settings(max_examples=60, deadline=None)

@@ -130,7 +130,8 @@ def verify(diskd: Diskd, vm: str | None, point: str | None, address: Address, as
 def synthesize(diskd: Diskd, vm: str, point: str, address: Address, as_json: bool) -> None:
     """Make a point a full of its own, from its chain, without touching the source.
 
-    The new files are verified before they take the place of the old ones.
+    The new files are verified before they take the place of the old ones. Where the file system can (btrfs,
+    xfs), they share what they have in common with the chain, and take no space for it.
     """
     progress = Progress(as_json)
     report = _call(diskd, address, calls.SYNTHESIZE, calls.PointName(vm, point), progress=progress)
@@ -139,9 +140,9 @@ def synthesize(diskd: Diskd, vm: str, point: str, address: Address, as_json: boo
     elif report.was is None:
         click.echo(f"{vm} {point} is a full already")
     else:
-        click.echo(
-            f"{vm} {point} is a full now ({format_size(report.file_bytes)}), no longer on {report.was}"
-        )
+        shared = f", {format_size(report.shared_bytes)} of it shared" if report.shared_bytes else ""
+        size = format_size(report.file_bytes)
+        click.echo(f"{vm} {point} is a full now ({size}{shared}), no longer on {report.was}")
 
 
 @target.command()

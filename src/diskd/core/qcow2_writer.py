@@ -6,6 +6,9 @@ straight from the frame to the file. What a partial cluster lacks is filled from
 where there is none. Whole zero clusters are marked in the L2 table, and not even that where the base
 reads zero anyway.
 
+Whoever can put a range of the guest's bytes into the file without writing it (a reflink of another file's
+extents) says so with ``share``; only what it leaves is written.
+
 The header comes last: until ``finish`` the file is no qcow2 file at all.
 """
 
@@ -28,6 +31,8 @@ from diskd.core.qcow2 import (
 from diskd.errors import Refused
 
 WriteAt = Callable[[int, bytes | memoryview], None]
+# share(guest offset, host offset, length): the ranges (start, end) within it that are still to be written.
+Share = Callable[[int, int, int], list[tuple[int, int]]]
 
 
 class Base(Protocol):
@@ -65,10 +70,12 @@ class Qcow2Writer:
         cluster_bytes: int,
         backing: str | None = None,
         base: Base | None = None,
+        share: Share | None = None,
     ) -> None:
         """``write(offset, data)`` stores into the new, empty file. Raises Refused for impossible sizes."""
         check_geometry(size_bytes, cluster_bytes)
         self._write = write
+        self._share = share
         self._size = size_bytes
         self._cluster = cluster_bytes
         self._backing = backing
@@ -94,7 +101,7 @@ class Qcow2Writer:
                 count = min(len(view) // self._cluster, self._entries - cluster % self._entries)
                 taken = count * self._cluster
                 host = self._allocate(count)
-                self._write(host, view[:taken])
+                self._store(offset, host, view[:taken])
                 self._map(cluster, count, host)
             else:
                 taken = min(len(view), self._cluster - start)
@@ -177,9 +184,16 @@ class Qcow2Writer:
             self._mark_zero(self._open, 1)
         else:
             host = self._allocate(1)
-            self._write(host, bytes(self._buffer))
+            self._store(self._open * self._cluster, host, memoryview(bytes(self._buffer)))
             self._map(self._open, 1, host)
         self._open = None
+
+    def _store(self, offset: int, host: int, data: memoryview) -> None:
+        if self._share is None:
+            self._write(host, data)
+            return
+        for start, end in self._share(offset, host, len(data)):
+            self._write(host + start, data[start:end])
 
     def _map(self, cluster: int, count: int, host: int) -> None:
         index = self._select_l2(cluster)

@@ -28,6 +28,7 @@ class DiskLayer:
     name: str
     reader: Qcow2Reader
     frames: DiskFrames
+    descriptor: int
 
 
 class ChainView:
@@ -175,7 +176,7 @@ def _open_layer(
     expected = backing_name(manifest.base, disk.name) if manifest.base else None
     if reader.header.backing != expected or reader.header.size_bytes != disk.virtual_size:
         raise Damaged(f"{name}: its header names another base or size than the manifest")
-    return DiskLayer(name, reader, index.disks[disk.name])
+    return DiskLayer(name, reader, index.disks[disk.name], descriptor)
 
 
 def frames_of_view(view: ChainView, size_bytes: int) -> Iterator[tuple[int, bytes]]:

@@ -11,7 +11,7 @@ touches a committed file. All functions block; they run in a worker thread.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -34,7 +34,7 @@ from diskd.core.catalog import (
     encode_manifest,
 )
 from diskd.core.qcow2 import FULL_CLUSTER_BYTES
-from diskd.core.qcow2_writer import Qcow2Writer
+from diskd.core.qcow2_writer import Qcow2Writer, Share
 from diskd.core.stream import ExportHeader, Frame, FrameBatch, FrameKind, Rows, Trailer
 from diskd.errors import Damaged
 from diskd.shell.chain_view import OpenPoint, open_point
@@ -63,8 +63,12 @@ class Incoming:
         header: ExportHeader,
         opening: bytes,
         chain: Sequence[Manifest],
+        *,
+        share_into: Callable[[int, str], Share] | None = None,
     ) -> None:
-        """``directory``: the VM's; ``chain``: of the base, or empty. If it raises, nothing is left."""
+        """``directory``: the VM's; ``chain``: of the base, or empty. ``share_into(descriptor, disk)``: what
+        puts bytes into a disk's file without writing them (shell/sharing.py). If it raises, nothing is left."""
+        self._share_into = share_into
         self.header = header
         self.taken = 0
         self.durable = 0
@@ -195,6 +199,7 @@ class Incoming:
             cluster_bytes=disk.cluster_bytes if backing else FULL_CLUSTER_BYTES,
             backing=backing,
             base=base,
+            share=self._share_into(descriptor, disk.name) if self._share_into else None,
         )
 
     def _finish_disk(self) -> None:

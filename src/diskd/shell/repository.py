@@ -54,6 +54,7 @@ from diskd.errors import Damaged, Refused
 from diskd.shell.chain_view import OpenPoint, frames_of_view, open_point
 from diskd.shell.incoming import Incoming
 from diskd.shell.repository_files import RepositoryFiles
+from diskd.shell.sharing import Sharing
 from diskd.shell.verify import Poll, check_files, verify_point
 
 LOCK: Final = ".lock"
@@ -225,7 +226,7 @@ class Repository:
             raise Refused(f"the target has no good point {point} of {vm}")
         manifest = loaded.points[point]
         if manifest.base is None:
-            return SynthesizeReport(vm, point, None, sum(disk.file.size for disk in manifest.disks))
+            return SynthesizeReport(vm, point, None, sum(disk.file.size for disk in manifest.disks), 0)
         directory = self._directory(vm)
         temporary = directory / f"{SYNTHETIC_PREFIX}{point}"
         if temporary.exists():
@@ -233,7 +234,10 @@ class Repository:
         with self.open(vm, point) as opened:
             header, frames = full_of(opened)
             encoder = StreamEncoder(header)
-            incoming = Incoming(self._files, directory, temporary, header, encoder.opening, [])
+            sharing = Sharing(self._files, opened, os.statvfs(directory).f_bsize)
+            incoming = Incoming(
+                self._files, directory, temporary, header, encoder.opening, [], share_into=sharing.into
+            )
             try:
                 for number, (disk, offset, data) in enumerate(frames):
                     poll()
@@ -252,7 +256,8 @@ class Repository:
             finally:
                 # Before the exchange this removes the unfinished full, after it the old files.
                 incoming.discard()
-        return SynthesizeReport(vm, point, manifest.base, sum(disk.file.size for disk in new.disks))
+        size = sum(disk.file.size for disk in new.disks)
+        return SynthesizeReport(vm, point, manifest.base, size, sharing.bytes)
 
     def prune(self, vm: str, keep: Keep, poll: Poll, *, dry_run: bool) -> PruneReport:
         """Make fulls of what is kept but builds on what is not, verify what is kept, then remove the rest,

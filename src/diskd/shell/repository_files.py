@@ -5,8 +5,10 @@ The order of these calls is what B5 rests on: tests pass a variant that stops af
 
 import ctypes
 import errno
+import fcntl
 import os
 import shutil
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
@@ -20,6 +22,10 @@ _AT_FDCWD: Final = -100
 _RENAME_EXCHANGE: Final = 2
 _SYNC_FILE_RANGE_WRITE: Final = 2
 _READ_BYTES: Final = 1 << 20
+# linux/fs.h: _IOW(0x94, 13, struct file_clone_range).
+_FICLONERANGE: Final = 0x4020940D
+_CLONE_RANGE: Final = struct.Struct("=qQQQ")
+_CANNOT_SHARE: Final = (errno.EOPNOTSUPP, errno.ENOTTY, errno.ENOSYS, errno.EXDEV, errno.EINVAL)
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
 
@@ -48,6 +54,17 @@ class RepositoryFiles:
         """Have a range's dirty pages on their way, so that a later sync has little left to wait for. No
         promise of any kind, and so no error."""
         _libc.sync_file_range(descriptor, offset, length, _SYNC_FILE_RANGE_WRITE)
+
+    def clone(self, source: int, offset: int, descriptor: int, to: int, length: int) -> bool:
+        """Have ``descriptor`` share a range's extents with another file, as if it had been copied; False
+        where this file system, or this range, cannot be shared. Raises OSError (ENOSPC among others)."""
+        try:
+            fcntl.ioctl(descriptor, _FICLONERANGE, _CLONE_RANGE.pack(source, offset, length, to))
+        except OSError as error:
+            if error.errno in _CANNOT_SHARE:
+                return False
+            raise
+        return True
 
     def sync(self, descriptor: int) -> None:
         """Final if it fails."""
