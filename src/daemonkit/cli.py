@@ -3,6 +3,7 @@
 Exit codes (DESIGN.md section 9): 0 done, 1 refused or failed with one line on stderr, 2 usage.
 """
 
+import faulthandler
 import json
 import os
 import re
@@ -19,6 +20,7 @@ from daemonkit.errors import HoldfastError, OperatorError
 from daemonkit.methods import Method
 from daemonkit.ports import Address
 from daemonkit.rpc import CallFailed, connect
+from daemonkit.service import notify_ready, watched
 from daemonkit.units import UnitError, parse_duration, parse_size
 
 P = TypeVar("P")
@@ -111,6 +113,8 @@ def print_json(value: Any) -> None:
 
 def announce_ready(**facts: Any) -> None:
     """The one line a daemon writes to stdout: JSON, once it serves, with the addresses it is bound to."""
+    places = ", ".join(f"{name} {value}" for name, value in facts.items() if isinstance(value, str))
+    notify_ready(f"serving: {places}")
     print(json.dumps({"event": "ready", "pid": os.getpid(), **facts}), flush=True)
 
 
@@ -144,6 +148,12 @@ async def call_once(
                 return await client.call(method, params, on_progress=on_progress)
     except trio.TooSlowError as error:
         raise CallFailed(f"{address}: no answer to {method.name} within {seconds_max:g} s") from error
+
+
+def run_daemon_async(function: Callable[[], Awaitable[None]]) -> None:
+    """As run_async, for a daemon: with signs of life for whoever supervises it."""
+    faulthandler.enable()  # SIGABRT, which a watchdog sends, then says what every thread was doing.
+    run_async(lambda: watched(function))
 
 
 def run_async(function: Callable[[], Awaitable[R]]) -> R:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from daemonkit.cli import ADDRESS, announce_ready, run_async, run_main
+from daemonkit.cli import ADDRESS, announce_ready, run_daemon_async, run_main
 from daemonkit.errors import OperatorError, UsageError
 from daemonkit.log import LEVELS, set_up
 from daemonkit.ports import Address
@@ -40,7 +40,7 @@ def run(path: Path, log_level: str) -> None:
 
     config = read_node_config(path)
     set_up(level=log_level)
-    run_async(lambda: run_node(config, announce_ready))
+    run_daemon_async(lambda: run_node(config, announce_ready))
 
 
 @cli.command()
@@ -58,7 +58,7 @@ def witness(data: Path, listen: Address, log_level: str) -> None:
     from clusterd.shell.witness import run_witness
 
     set_up(level=log_level)
-    run_async(lambda: run_witness(data, listen, announce_ready))
+    run_daemon_async(lambda: run_witness(data, listen, announce_ready))
 
 
 @cli.command()

@@ -37,6 +37,7 @@ from daemonkit.durable import lock_file, read_small_file, replace_file
 from daemonkit.errors import OperatorError
 from daemonkit.ports import Address
 from daemonkit.rpc import serve
+from daemonkit.service import notify_stopping
 
 STATE_BYTES_MAX: Final = 64 << 20
 BOOT_ID_BYTES_MAX: Final = 128
@@ -194,6 +195,7 @@ async def _until_signalled(
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         task_status.started()
         await anext(signals)
+        notify_stopping("saying goodbye to the cluster")
         loop.post(ShutdownRequested())
         with trio.move_on_after(GOODBYE_SECONDS_MAX):
             await anext(signals)

@@ -56,6 +56,7 @@ from clusterd.core.witness_wire import (
 from daemonkit.durable import lock_file
 from daemonkit.errors import OperatorError
 from daemonkit.ports import Address
+from daemonkit.service import notify_stopping
 from daemonkit.units import MILLISECOND, SECOND
 
 BODY_BYTES_MAX: Final = 2 << 20  # etcd takes 1.5 MiB of request, which base64 makes 2 MiB
@@ -380,4 +381,5 @@ async def run_witness(data: Path, listen: Address, announce: Callable[..., Any])
             bound = await nursery.start(functools.partial(serve_witness, data, listen))
             announce(control=str(bound), url=f"http://{bound}")
             await anext(signals)
+            notify_stopping("the database is closed")
         nursery.cancel_scope.cancel(reason="signalled")

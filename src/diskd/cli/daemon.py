@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from daemonkit.cli import ADDRESS, print_json, read_key, run_async, run_main
+from daemonkit.cli import ADDRESS, print_json, read_key, run_async, run_daemon_async, run_main
 from daemonkit.errors import OperatorError
 from daemonkit.log import LEVELS, set_up
 from daemonkit.ports import Address
@@ -89,7 +89,7 @@ def run(
     if nbd is None and nbd_socket is None and not inherited:
         nbd = Address.parse(NBD_DEFAULT)
     listen = Listen(control, nbd, nbd_socket, inherited)
-    run_async(lambda: run_daemon(root, settings, listen, keys))
+    run_daemon_async(lambda: run_daemon(root, settings, listen, keys))
 
 
 @group.command()

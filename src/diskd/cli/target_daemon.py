@@ -6,9 +6,10 @@ from pathlib import Path
 import click
 import trio
 
-from daemonkit.cli import ADDRESS, announce_ready, read_key, run_async
+from daemonkit.cli import ADDRESS, announce_ready, read_key, run_daemon_async
 from daemonkit.log import LEVELS, set_up
 from daemonkit.ports import Address
+from daemonkit.service import notify_stopping
 
 # The next free neighbour of NBD's port (10809) and diskd's control (10810).
 LISTEN_DEFAULT = "127.0.0.1:10811"
@@ -47,9 +48,10 @@ def target(root: Path, listen: Address, key_files: tuple[str, ...], log_level: s
 
                 async def stop() -> None:
                     await anext(signals)
+                    notify_stopping("what is under way is given up")
                     nursery.cancel_scope.cancel(reason="told to stop")
 
                 nursery.start_soon(stop)
                 await run_target(root, listen, keys=keys, ready=ready)
 
-    run_async(run)
+    run_daemon_async(run)
