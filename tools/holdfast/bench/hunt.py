@@ -1,28 +1,45 @@
-"""`make hunt SECONDS=n`: random histories with fresh seeds, as many as fit, until one breaks a rule.
+"""`make hunt SECONDS=n`: random histories with fresh seeds, as many as fit, and what each kind of them found.
 
-The histories are those of the tests: the whole cluster under random faults (clusterd.sim.chaos), tracking
-crashed anywhere, fork and merge crashed anywhere, and both at once (diskd.sim). A seed fixes a history
-completely, the kind of it included, so that `--seed N` replays it. Nothing here waits for anything: all of it
-is virtual time.
+Some are played in virtual time: the whole cluster under random faults (clusterd.sim.chaos), tracking crashed
+anywhere, fork and merge crashed anywhere, and both at once (diskd.sim). A seed fixes such a history
+completely. The others are real processes that are killed, lose their power, or lose their peers
+(holdfast.crash): there the seed fixes the plan, and what a kill meets is the scheduler's.
+
+Each kind has a share of the time. One that has failed is not played again, the others go on. For every kind
+there is a line at the end, and for every find the command that plays it again.
 """
 
 import secrets
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Final
 
+import attrs
 import click
 
 from clusterd.sim.chaos import run_chaos
 from daemonkit.cli import run_main
 from daemonkit.errors import OperatorError
 from diskd.sim import fork_story, overlay_story, tracking_story
+from holdfast.crash import stories
 
 # Below this a seed is easy to write down, and far more than one hunt gets through.
 SEEDS: Final = 10**9
 CHAOS_SECONDS: Final = 20
 REPORT_SECONDS: Final = 30.0
+
+Play = Callable[[int], Counter[str] | None]
+
+
+@attrs.frozen
+class Kind:
+    """``play`` raises whatever it finds; what it returns is counted in the kind's line."""
+
+    name: str
+    share: float
+    play: Play
 
 
 def _cluster(seed: int) -> None:
@@ -43,47 +60,76 @@ def _tracked_merging(seed: int) -> None:
     fork_story.run_seed(seed)
 
 
-# One history of the cluster takes as long as some dozens of the others.
-KINDS: Final[tuple[tuple[str, Callable[[int], None]], ...]] = (
-    ("cluster", _cluster),
-    *(("tracking", _tracking),) * 6,
-    *(("tracked merging", _tracked_merging),) * 3,
-    *(("merging", _merging),) * 9,
+KINDS: Final = (
+    Kind("cluster", 1, _cluster),
+    Kind("tracking", 1, _tracking),
+    Kind("tracked-merging", 1, _tracked_merging),
+    Kind("merging", 1, _merging),
+    *(Kind(name, 2, partial(stories.run, name)) for name in stories.NAMES),
 )
 
 
-def kind_of(seed: int) -> str:
-    """Which kind of history a seed stands for."""
-    return KINDS[seed % len(KINDS)][0]
+@attrs.define
+class Tally:
+    """What one kind has come to so far."""
+
+    kind: Kind
+    first: int
+    played: int = 0
+    seconds: float = 0.0
+    told: Counter[str] = attrs.Factory(Counter)
+    problem: str | None = None
+
+    def play(self, clock: Callable[[], float]) -> None:
+        """The next history."""
+        begun, seed = clock(), (self.first + self.played) % SEEDS
+        self.problem = play(self.kind, seed, self.told)
+        self.played += 1
+        self.seconds += clock() - begun
+
+    def line(self) -> str:
+        """For the summary."""
+        seeds = f"{self.first} to {(self.first + self.played - 1) % SEEDS}" if self.played else "none"
+        told = "".join(f", {count} {what}" for what, count in sorted(self.told.items()))
+        found = "0 failures" if self.problem is None else f"1 failure: {self.problem}"
+        return f"{self.kind.name}: {self.played} histories (seeds {seeds}){told}: {found}"
 
 
-def play(seed: int) -> str | None:
-    """One history; what went wrong, or None."""
+def play(kind: Kind, seed: int, told: Counter[str]) -> str | None:
+    """One history; what went wrong and how to see it again, or None."""
     try:
-        KINDS[seed % len(KINDS)][1](seed)
+        told.update(kind.play(seed) or {})
     except Exception as error:  # noqa: BLE001 - whatever it is, it is what the hunt is after
-        return f"{type(error).__name__}: {error}"
+        while isinstance(error, ExceptionGroup):
+            error = error.exceptions[0]
+        replay = f".venv/bin/python -m holdfast.bench.hunt --kind {kind.name} --seed {seed}"
+        return f"seed {seed}: {type(error).__name__}: {error}; replay it: {replay}"
     return None
 
 
-def hunt(seconds: float, first: int, *, play: Callable[[int], str | None] = play) -> Counter[str]:
-    """How many histories of each kind were played. Raises OperatorError at the first that fails."""
-    begun = told = time.monotonic()
-    played: Counter[str] = Counter()
-    seed = first
-    while not played or time.monotonic() - begun < seconds:
-        problem = play(seed)
-        if problem is not None:
-            raise OperatorError(
-                f"seed {seed} ({kind_of(seed)}): {problem};"
-                f" replay it: .venv/bin/python -m holdfast.bench.hunt --seed {seed}"
-            )
-        played[kind_of(seed)] += 1
-        seed = (seed + 1) % SEEDS
-        if time.monotonic() - told >= REPORT_SECONDS:
-            told = time.monotonic()
-            print(f"hunt: {told - begun:.0f} s, {played.total()} histories, nothing found", flush=True)
-    return played
+def hunt(
+    seconds: float,
+    first: int,
+    kinds: tuple[Kind, ...] = KINDS,
+    *,
+    clock: Callable[[], float] = time.monotonic,
+) -> list[Tally]:
+    """Play until the time is over, or every kind has failed: always the one most behind its share."""
+    begun = told = clock()
+    tallies = [Tally(kind, first) for kind in kinds]
+    while clock() - begun < seconds or not any(tally.played for tally in tallies):
+        left = [tally for tally in tallies if tally.problem is None]
+        if not left:
+            break
+        tally = min(left, key=lambda tally: tally.seconds / tally.kind.share)
+        tally.play(clock)
+        if tally.problem is not None:
+            print(f"hunt: {tally.line()}", flush=True)
+        if clock() - told >= REPORT_SECONDS:
+            told = clock()
+            histories = sum(tally.played for tally in tallies)
+            print(f"hunt: {told - begun:.0f} s, {histories} histories", flush=True)
+    return tallies
 
 
 @click.command()
@@ -91,24 +137,30 @@ def hunt(seconds: float, first: int, *, play: Callable[[int], str | None] = play
     "--seconds", type=click.FloatRange(min=0), default=60.0, envvar="HUNT_SECONDS", show_default=True,
     help="How long to look.",
 )  # fmt: skip
-@click.option("--seed", type=click.IntRange(0, SEEDS - 1), help="Replay one history and stop.")
+@click.option("--kind", "names", multiple=True, type=click.Choice([kind.name for kind in KINDS]),
+              help="Only this kind; repeatable.")  # fmt: skip
+@click.option("--seed", type=click.IntRange(0, SEEDS - 1), help="Replay one history of one --kind.")
 @click.option("--from", "first", type=click.IntRange(0, SEEDS - 1), help="The first seed (default: random).")
-def main(seconds: float, seed: int | None, first: int | None) -> None:
-    """Play random histories until one breaks a rule, or the time is over (exit 0).
-
-    On a find: exit 1, with the seed and the command that replays it.
-    """
+def main(seconds: float, names: tuple[str, ...], seed: int | None, first: int | None) -> None:
+    """Play random histories until the time is over. A line per kind; exit 1 where one has broken a rule."""
+    kinds = tuple(kind for kind in KINDS if not names or kind.name in names)
     if seed is not None:
-        problem = play(seed)
+        if len(kinds) != 1:
+            raise OperatorError("a seed is one of one kind: name it with --kind")
+        problem = play(kinds[0], seed, Counter())
         if problem is not None:
-            raise OperatorError(f"seed {seed} ({kind_of(seed)}): {problem}")
-        print(f"hunt: seed {seed} ({kind_of(seed)}): nothing found")
+            raise OperatorError(f"{kinds[0].name}: {problem}")
+        print(f"hunt: {kinds[0].name}: seed {seed}: nothing found")
         return
     start = secrets.randbelow(SEEDS) if first is None else first
     print(f"hunt: {seconds:g} s, from seed {start}", flush=True)
-    played = hunt(seconds, start)
-    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(played.items()))
-    print(f"hunt: nothing found in {played.total()} histories ({kinds}), from seed {start}")
+    tallies = hunt(seconds, start, kinds)
+    for tally in tallies:
+        print(f"hunt: {tally.line()}")
+    failed = [tally.kind.name for tally in tallies if tally.problem is not None]
+    if failed:
+        raise OperatorError(f"rules were broken: {', '.join(failed)}")
+    print(f"hunt: nothing found in {sum(tally.played for tally in tallies)} histories")
 
 
 if __name__ == "__main__":

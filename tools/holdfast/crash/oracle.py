@@ -152,13 +152,16 @@ class Image:
                 )
 
     def grow(self, size_bytes: int) -> None:
-        """What is new reads as zeroes and counts as changed since every point."""
+        """What is new reads as zeroes, and counts as changed since every point before."""
         old, self.sectors = self.sectors, size_bytes // SECTOR
         self._base = np.concatenate([self._base, np.zeros(self.sectors - old, np.uint64)])
-        added = range(old // _SECTORS_PER_BLOCK, -(-self.sectors // _SECTORS_PER_BLOCK))
-        for point in self.points:
-            point.certain.update(added)
-            point.maybe.update(added)
+
+    def certain(self, point: Point) -> set[int]:
+        """Blocks that have changed since, whatever happens from here on."""
+        return point.certain | self._beyond(point)
+
+    def _beyond(self, point: Point) -> set[int]:
+        return set(range(point.size_sectors // _SECTORS_PER_BLOCK, -(-self.sectors // _SECTORS_PER_BLOCK)))
 
     # --- after a crash
 
@@ -225,7 +228,7 @@ class Image:
             missed |= set(differing.tolist()) - reported
         if missed:
             raise Violation(f"{self.name}: changes since {point.name} miss blocks {_some(missed)} (T2)")
-        extra = reported - point.maybe
+        extra = reported - point.maybe - self._beyond(point)
         if point.is_exact and (extra or not exact):
             raise Violation(
                 f"{self.name}: changes since {point.name} are not exact after no power loss: exact={exact},"

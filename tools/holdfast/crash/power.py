@@ -55,13 +55,13 @@ class Lost:
 
 def fail(place: Place, root: Path, rng: Random, keep: Keep | None = None) -> Lost:
     """The daemon is dead. Afterwards everything is durable, and the place is as new."""
-    keep = keep or rng.choice(KEEPS)
+    how = rng.choice(KEEPS) if keep is None else keep
     records = [
         (life, index, record)
         for life, path in enumerate(place.journals())
         for index, record in enumerate(read(path))
     ]
-    fate = _Fate(keep, rng, len(records))
+    fate = _Fate(how, rng, len(records))
     unsynced = _unsynced(records)
     names = _undo_names(place, root, [item for item in unsynced if item[1][0] in _NAMES], fate)
     data = [item for item in unsynced if item[1][0] not in _NAMES]
@@ -73,7 +73,7 @@ def fail(place: Place, root: Path, rng: Random, keep: Keep | None = None) -> Los
     # What an earlier failure changed and nobody has since still needs to be told as it was.
     known = json.loads(place.times.read_text()) if place.times.exists() else {}
     place.times.write_text(json.dumps({**known, **{str(inode): pair for inode, pair in times.items()}}))
-    return Lost(keep, sectors, sizes, names)
+    return Lost(how, sectors, sizes, names)
 
 
 class _Fate:

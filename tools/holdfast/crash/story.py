@@ -28,22 +28,23 @@ from diskd.core import calls
 from holdfast.crash.client import Client, ConnectionLost, connect
 from holdfast.crash.journal import SECTOR
 from holdfast.crash.machine import Machine
-from holdfast.crash.oracle import Image, Point, Violation
+from holdfast.crash.oracle import BLOCK, Image, Point, Violation
 
 # Small enough that every region is met again and again, large enough for several records of everything.
 _SIZES: Final = (2 * MiB, 5 * MiB, 9 * MiB)
+_SIZE_MAX: Final = 16 * MiB
 _SECTORS_MAX: Final = 128
 _QUEUE_MAX: Final = 6
 _POINTS_MAX: Final = 4
 # Shorter than the defaults, so that flushes, closings and merge batches happen within a life.
 _SETTINGS: Final = ("merge_batch=64KiB",)
 _INTERVALS: Final = ("500ms", "1s", "3s")
-_BLOCK_SECTORS: Final = 8
+_BLOCK_SECTORS: Final = BLOCK // SECTOR
 KEEP: Final = "HOLDFAST_CRASH_KEEP"  # a directory for what a failed story leaves behind
 
 
-def _shared_dir() -> Path:
-    parent = "/dev/shm" if Path("/dev/shm").is_dir() else None
+def _directory(*, in_memory: bool) -> Path:
+    parent = "/dev/shm" if in_memory and Path("/dev/shm").is_dir() else None
     return Path(tempfile.mkdtemp(prefix="holdfast-crash-", dir=parent))
 
 
@@ -51,8 +52,9 @@ def _shared_dir() -> Path:
 async def machine(rng: Random, *, can_lose_power: bool) -> AsyncIterator[Machine]:
     """A machine in directories of its own, gone afterwards."""
     interval = rng.choice(_INTERVALS)
-    shared = _shared_dir()
-    directory = Path(tempfile.mkdtemp(prefix="holdfast-crash-"))
+    shared = _directory(in_memory=True)
+    # A kill loses nothing of either; syncs take no time in memory, and open wider windows on a disk.
+    directory = _directory(in_memory=rng.random() < 0.6)
     settings = (*_SETTINGS, f"tracking_flush_interval={interval}")
     made = Machine(directory, shared, can_lose_power=can_lose_power, settings=settings)
     try:
@@ -78,6 +80,7 @@ class Story:
         self._images: list[Image] = []
         self._checkpoints: dict[str, dict[str, Point]] = {}
         self._beginning: dict[str, Point] = {}
+        self._growing: dict[str, int] = {}
         self._acks = 0
         self._moved = trio.Event()
         self._is_over = False
@@ -154,10 +157,13 @@ class Story:
     async def _guest(self, image: Image, rng: Random) -> None:
         nbd = self._machine.nbd
         try:
-            async with connect(nbd.host, nbd.port, image.name) as client:
-                while not self._is_over:
-                    await self._request(image, client, rng)
-                    self._note_ack()
+            while not self._is_over:
+                async with connect(nbd.host, nbd.port, image.name) as client:
+                    requests = rng.choice((20, 100, 1000))
+                    while requests and not self._is_over:
+                        await self._request(image, client, rng)
+                        self._note_ack()
+                        requests -= 1
         except ConnectionLost as lost:
             if not self._is_over:
                 raise Violation(f"{image.name}: a connection broke: {lost}") from lost
@@ -169,7 +175,8 @@ class Story:
             await client.flush()
             image.flushed(sent)
             return
-        first, end = self._free_range(image, rng)
+        # A client goes by the size that it was told when it connected.
+        first, end = self._free_range(image, client.size_bytes // SECTOR, rng)
         write = image.send(first, end, is_zero=kind in ("zero", "trim"), is_fua=kind == "fua")
         offset, length = first * SECTOR, (end - first) * SECTOR
         if kind == "zero":
@@ -181,11 +188,11 @@ class Story:
         image.ack(write)
 
     @staticmethod
-    def _free_range(image: Image, rng: Random) -> tuple[int, int]:
+    def _free_range(image: Image, sectors: int, rng: Random) -> tuple[int, int]:
         while True:
             length = rng.choice((1, 3, _BLOCK_SECTORS, _BLOCK_SECTORS, 2 * _BLOCK_SECTORS, _SECTORS_MAX))
             # Half of the requests meet the first quarter: where blocks are met again, things go wrong.
-            room = image.sectors // 4 if rng.random() < 0.5 else image.sectors
+            room = sectors // 4 if rng.random() < 0.5 else sectors
             first = rng.randrange(room - length + 1)
             if rng.random() < 0.7:
                 first -= first % _BLOCK_SECTORS
@@ -203,7 +210,7 @@ class Story:
         if self._is_over:
             return
         if not self._checkpoints:
-            choice = rng.choice(("begin", "begin", "begin", "delete", "changes"))
+            choice = rng.choice(("begin", "begin", "begin", "delete", "changes", "grow"))
         else:
             choice = rng.choice(("view", "end", "end", "delete", "changes"))
         image = rng.choice(self._images)
@@ -218,6 +225,8 @@ class Story:
             await self._delete(image, rng.choice(valid))
         elif choice == "changes" and valid:
             await self._ask_changes(image, rng.choice(valid), None)
+        elif choice == "grow" and image.sectors * SECTOR < _SIZE_MAX:
+            await self._grow(image, image.sectors * SECTOR + rng.choice((BLOCK, MiB)))
 
     async def _begin(self, rng: Random) -> None:
         disks = [BackupDisk(image.name, image.name) for image in self._images]
@@ -268,10 +277,18 @@ class Story:
         image.points.remove(point)
         self.told["points deleted"] += 1
 
+    async def _grow(self, image: Image, size_bytes: int) -> None:
+        self._growing[image.name] = size_bytes
+        with contextlib.suppress(CallRefused):  # a merge goes on still
+            await self._machine.call(calls.IMAGE_RESIZE, calls.ResizeImage(image.name, size_bytes))
+            image.grow(size_bytes)
+            self.told["resizes"] += 1
+        del self._growing[image.name]
+
     async def _ask_changes(self, image: Image, point: Point, content: bytes | None) -> None:
         """Under load what was acknowledged before the question must be in the answer."""
         assert point.name is not None
-        certain = set(point.certain)
+        certain = image.certain(point)
         asked = calls.PointName(image.name, point.name)
         found = await self._machine.call(calls.CHANGES, asked)
         image.check_changes(
@@ -290,9 +307,13 @@ class Story:
         infos = (await self._machine.call(calls.IMAGE_LIST, calls.Nothing())).images
         if [info.name for info in infos] != [image.name for image in self._images]:
             raise Violation(f"after a crash these images are there: {[info.name for info in infos]}")
-        for info in infos:
+        for info, image in zip(infos, self._images, strict=True):
             if info.state != "open":
                 raise Violation(f"{info.name} is {info.state} after a crash: {info.reason}")
+            if info.size_bytes == self._growing.pop(image.name, None):
+                image.grow(info.size_bytes)
+            if info.size_bytes != image.sectors * SECTOR:
+                raise Violation(f"{info.name} has {info.size_bytes} bytes after a crash")
         await self._check_checkpoints()
         nbd = self._machine.nbd
         for image in self._images:
@@ -362,7 +383,7 @@ class Story:
             if rng.random() < 0.3:
                 for image in self._images:
                     await self._machine.call(calls.IMAGE_RELEASE, ImageName(image.name))
-                    await self._machine.call(calls.IMAGE_OPEN, ImageName(image.name))
+                    await self._machine.call(calls.IMAGE_OPEN, calls.OpenImage(image.name))
                     self.told["hand-overs"] += 1
         if rng.random() < 0.2:
             await self._machine.stop()

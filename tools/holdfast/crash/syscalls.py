@@ -190,9 +190,13 @@ class SystemCalls:
             _REAL["rename"](full, self._saved / name)  # an empty directory that keeps its inode
 
     def link(self, src: Any, dst: Any, **options: Any) -> None:
-        if self._full(dst, options.get("dst_dir_fd")) is not None:
-            raise RuntimeError(f"a link under the root, which has no note: {dst}")
-        _REAL["link"](src, dst, **options)
+        full = self._full(dst, options.get("dst_dir_fd"))
+        if full is None or os.path.lexists(full):
+            _REAL["link"](src, dst, **options)
+            return
+        with self._lock:
+            self._note("create", *self._entry(full))
+            _REAL["link"](src, dst, **options)
 
     def symlink(self, src: Any, dst: Any, **options: Any) -> None:
         if self._full(dst, options.get("dir_fd")) is not None:
