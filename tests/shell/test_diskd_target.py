@@ -277,7 +277,7 @@ async def test_a_point_is_served_over_nbd_while_its_caller_stays(tmp_path, libra
     system = library.images["system"]
     for offset, length in ((0, 3 * MiB), (4 * MiB - 512, 2 * MiB), (len(system.data) - 512, 512)):
         assert await nbd_read(exports["system"], offset, length) == system.data[offset : offset + length]
-    with RaisesLeaf(CallRefused, "restored or served"):
+    with RaisesLeaf(CallRefused, "restored, served or audited"):
         await call(address, calls.PRUNE, calls.PruneRequest("web", Keep(last=1), False))
     scope.cancel()
     with RaisesLeaf(CallRefused, "no point"):
