@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from daemonkit.cli import ADDRESS
+from daemonkit.cli import ADDRESS, DURATION
 from daemonkit.diskd_api import BACKUP_RUN, BackupDisk, BackupMode, BackupReport, BackupRequest
 from daemonkit.durable import read_small_file
 from daemonkit.errors import OperatorError, UsageError
@@ -31,6 +31,8 @@ from diskd.cli.calling import SECONDS_UNBOUNDED, Diskd, pass_diskd
 @click.option("--full", is_flag=True, help="Everything, whatever the target has.")
 @click.option("--since", metavar="POINT", help="The changes since this reference point.")
 @click.option("--resume", is_flag=True, help="Go on with a sealed checkpoint: not built yet.")
+@click.option("--retry-for", type=DURATION, default="2m", show_default=True, metavar="TIME",
+              help="How long to try again, from where it stood, when the target is lost on the way.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Lines of JSON: progress, and the result last.")
 @pass_diskd
 def backup(
@@ -43,6 +45,7 @@ def backup(
     full: bool,
     since: str | None,
     resume: bool,
+    retry_for: int,
     as_json: bool,
 ) -> None:
     """Back up all disks of a VM as they are at one instant.
@@ -67,6 +70,7 @@ def backup(
         target=str(target),
         mode=modes[0] if modes else "auto",
         since=since,
+        retry_for_ns=retry_for,
     )
     progress = Progress(as_json)
     try:
