@@ -3,19 +3,21 @@
 import pytest
 
 from daemonkit.units import MILLISECOND, SECOND, MiB
-from diskd.core.merge_pace import BATCH_NS_GOAL, BLOCKS_MIN, REST_NS_MAX, Pace
+from diskd.core.merge_pace import BLOCKS_MIN, COPY_NS_GOAL, REST_NS_MAX, Pace
 
 BLOCKS = 1024
 
 
-def run(pace: Pace, block_ns: int, batches: int, *, guest: bool = False, tight: bool = False):
-    """(blocks, took, rest) of each batch on a disk that takes so long for a block."""
+def run(
+    pace: Pace, block_ns: int, batches: int, *, guest: bool = False, tight: bool = False, sync_ns: int = 0
+):
+    """(blocks, took, rest) of each batch where copying a block and a batch's syncs take so long."""
     found = []
     for _ in range(batches):
         blocks = pace.blocks
         took = blocks * block_ns
-        rest = pace.batch_done(blocks * 4096, took, guest_works=guest, is_tight=tight)
-        found.append((blocks, took, rest))
+        rest = pace.batch_done(blocks * 4096, took, sync_ns, guest_works=guest, is_tight=tight)
+        found.append((blocks, took + sync_ns, rest))
     return found
 
 
@@ -29,7 +31,12 @@ def test_beside_a_guest_it_takes_a_quarter_of_the_time_in_short_steps(block_ns):
     found = run(Pace(None, BLOCKS), block_ns, 50, guest=True)[10:]
     worked, rested = sum(took for _, took, _ in found), sum(rest for _, _, rest in found)
     assert worked * 3 == rested
-    assert max(took for _, took, _ in found) <= 2 * BATCH_NS_GOAL
+    assert max(took for _, took, _ in found) <= 2 * COPY_NS_GOAL
+
+
+def test_a_slow_sync_makes_no_small_batches_and_takes_half_of_the_time():
+    *_, last = run(Pace(None, BLOCKS), 5_000, 30, guest=True, sync_ns=SECOND // 10)
+    assert last[0] == BLOCKS and last[2] == SECOND // 10 + 3 * BLOCKS * 5_000
 
 
 def test_a_slow_disk_gets_the_smallest_batches_and_no_endless_rests():

@@ -4,11 +4,13 @@ Three wishes, in this order:
 
     space      where the file system is getting full the AVHD must go: no rest, full batches
     limit      never more than ``rate`` bytes per second, where the operator has set one
-    the guest  while it reads or writes, the merge has a quarter of the time: a batch is kept so small that
-               it takes some milliseconds, and is followed by a rest three times as long
+    the guest  while it reads or writes, copying has a quarter of the time, and syncs have half of it: a batch
+               is kept so small that copying it takes some milliseconds, and is followed by a rest
 
 Without a guest at work a batch is as large as allowed, since every batch costs two syncs, and nothing rests.
-A batch's size is found by trying: halved after one that took too long, doubled after one that did not.
+A batch's size is found by trying: halved after one whose copy took too long, doubled after one whose copy did
+not. How long the syncs take has no part in that: on a slow disk small batches would cost more of them, and a
+guest's write waits for a sync only where it meets a block whose entry is being cleared.
 """
 
 from typing import Final
@@ -17,12 +19,12 @@ import attrs
 
 from daemonkit.units import MILLISECOND, SECOND
 
-# What a write may find itself waiting for: a batch, its disk included.
-BATCH_NS_GOAL: Final = 8 * MILLISECOND
+# For so long the copy may compete with the guest for the processor and the page cache at a stretch.
+COPY_NS_GOAL: Final = 8 * MILLISECOND
 # Smaller ones would do little else than sync.
 BLOCKS_MIN: Final = 16
-# With the guest at work the merge rests so many times as long as it worked.
-REST_FACTOR: Final = 3
+# With the guest at work the merge rests so many times as long as it copied, and as long as it synced.
+COPY_REST_FACTOR: Final = 3
 # A disk that takes long for a sync must not turn every rest into an age.
 REST_NS_MAX: Final = SECOND
 
@@ -37,19 +39,20 @@ class Pace:
         init=False, default=attrs.Factory(lambda self: min(64, self.blocks_max), takes_self=True)
     )
 
-    def batch_done(self, moved_bytes: int, took_ns: int, *, guest_works: bool, is_tight: bool) -> int:
+    def batch_done(
+        self, moved_bytes: int, copy_ns: int, sync_ns: int, *, guest_works: bool, is_tight: bool
+    ) -> int:
         """Called after each batch; how long to rest before the next one, in nanoseconds."""
         if not guest_works or is_tight:
             self.blocks = self.blocks_max
-        elif took_ns > BATCH_NS_GOAL:
+        elif copy_ns > COPY_NS_GOAL:
             self.blocks = max(BLOCKS_MIN, self.blocks // 2)
-        elif took_ns < BATCH_NS_GOAL // 2:
+        elif copy_ns < COPY_NS_GOAL // 2:
             self.blocks = self.blocks * 2
         self.blocks = min(self.blocks, self.blocks_max)
         if is_tight:
             return 0
-        rest = took_ns * REST_FACTOR if guest_works else 0
-        rest = min(rest, REST_NS_MAX)
+        rest = min(copy_ns * COPY_REST_FACTOR + sync_ns, REST_NS_MAX) if guest_works else 0
         if self.rate is not None:
-            rest = max(rest, moved_bytes * SECOND // self.rate - took_ns)
+            rest = max(rest, moved_bytes * SECOND // self.rate - copy_ns - sync_ns)
         return rest

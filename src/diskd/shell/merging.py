@@ -17,7 +17,7 @@ from diskd.core import avhd
 from diskd.core.avhd import AvhdMap, Run, SyncFailed
 from diskd.core.merge import Merge, punch
 from diskd.core.merge_pace import Pace
-from diskd.core.steps import Script
+from diskd.core.steps import Script, Step, Sync, before_steps
 from diskd.shell.files import Files
 from diskd.shell.overlay_settings import OverlaySettings, Parent
 
@@ -55,6 +55,7 @@ class Merging:
         self._merge = merge
         self._pace = Pace(layer.settings.merge_rate, merge.blocks_max)
         self._calls = -1
+        self._copied_ns = 0
         self._owed: list[tuple[int, int]] = []  # merged, and not punched yet
 
     async def run(self) -> None:
@@ -82,15 +83,15 @@ class Merging:
         moved = (
             sum(count for _, count, state in runs if state == avhd.DATA) * self._layer.map.head.block_bytes
         )
-        began = time.monotonic_ns()
+        began = self._copied_ns = time.monotonic_ns()
         self._owe(await self._batch(runs))
         is_tight = await self._is_tight()
         if is_tight:
             await self._punch()
-        took = time.monotonic_ns() - began
+        copy_ns, sync_ns = self._copied_ns - began, time.monotonic_ns() - self._copied_ns
         guest_works = self._layer.calls != self._calls
         self._calls = self._layer.calls
-        rest = self._pace.batch_done(moved, took, guest_works=guest_works, is_tight=is_tight)
+        rest = self._pace.batch_done(moved, copy_ns, sync_ns, guest_works=guest_works, is_tight=is_tight)
         if rest > 0:
             await trio.sleep(rest / SECOND)
 
@@ -100,7 +101,7 @@ class Merging:
         has_zeroes = any(state == avhd.ZERO for _, _, state in runs)
         try:
             with layer.parent.by_thread() if has_zeroes else contextlib.nullcontext():
-                await layer.run_final(layer.noted(merge.copy(runs)))
+                await layer.run_final(layer.noted(before_steps(merge.copy(runs), self._note_copied)))
             async with layer.map_turn:
                 blocks = merge.submit_clear()
                 await layer.run_final(merge.clear(blocks))
@@ -108,6 +109,11 @@ class Merging:
         finally:
             merge.abandon_batch()
             layer.notify()
+
+    def _note_copied(self, step: Step) -> None:
+        """In the thread that copies: the sync begins."""
+        if isinstance(step, Sync):
+            self._copied_ns = time.monotonic_ns()
 
     async def _is_tight(self) -> bool:
         """Whether the file system could run out of space before the AVHD is gone: in the worst case the
