@@ -5,10 +5,22 @@ import shutil
 import uuid
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import TypeVar
 
+import pytest
 import trio
 from diskd_process import SECONDS_MAX, DiskdProcess, new_shared_dir
 from programs import good
+
+from daemonkit.diskd_api import LEASE_ACQUIRE, BackupDisk, ImageName, LeaseRequest
+from daemonkit.methods import Method
+from daemonkit.ports import Address
+from daemonkit.rpc import CallRefused, connect
+from diskd.core import calls
+from diskd.core.inventory import ChangesInfo, ImageInfo
+
+P = TypeVar("P")
+R = TypeVar("R")
 
 
 class Host:
@@ -89,9 +101,60 @@ async def qemu_io(url: str, *commands: str) -> None:
     await good("qemu-io", "-f", "raw", *arguments, url)
 
 
-async def point_of(daemon: DiskdProcess, *images: str) -> str:
-    """A new reference point of a VM with these images, with ``daemon``."""
-    options = [part for image in images for part in ("--image", image)]
-    begun = await daemon.json("checkpoint", "begin", "--vm", "vm", *options)
-    await daemon.do("checkpoint", "end", begun["checkpoint"], "--keep-point")
-    return str(begun["point"])
+class Control:
+    """A daemon's control, asked from within the test: a diskctl takes most of a second to start."""
+
+    def __init__(self, daemon: DiskdProcess) -> None:
+        self.daemon = daemon
+
+    async def ask(self, method: Method[P, R], params: P) -> R:
+        with trio.fail_after(SECONDS_MAX):
+            async with connect(Address.parse(self.daemon.ready["control"])) as client:
+                return await client.call(method, params)
+
+    async def refuses(self, method: Method[P, R], params: P) -> str:
+        """What it says, in one line; it must refuse."""
+        with pytest.raises(CallRefused) as caught:
+            await self.ask(method, params)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    async def create(self, image: str, size_bytes: int) -> None:
+        await self.ask(calls.IMAGE_CREATE, calls.CreateImage(image, size_bytes))
+
+    async def open(self, image: str, fenced: str | None = None) -> None:
+        await self.ask(calls.IMAGE_OPEN, calls.OpenImage(image, fenced))
+
+    async def refuses_open(self, image: str, fenced: str | None = None) -> str:
+        return await self.refuses(calls.IMAGE_OPEN, calls.OpenImage(image, fenced))
+
+    async def release(self, image: str) -> None:
+        await self.ask(calls.IMAGE_RELEASE, ImageName(image))
+
+    async def show(self, image: str) -> ImageInfo:
+        return await self.ask(calls.IMAGE_SHOW, ImageName(image))
+
+    async def images(self) -> list[ImageInfo]:
+        return (await self.ask(calls.IMAGE_LIST, calls.Nothing())).images
+
+    async def acquire(self, image: str, epoch: int, holder: str = "n/web") -> None:
+        await self.ask(LEASE_ACQUIRE, LeaseRequest(image, epoch, holder))
+
+    async def refuses_acquire(self, image: str, epoch: int, holder: str = "x") -> str:
+        return await self.refuses(LEASE_ACQUIRE, LeaseRequest(image, epoch, holder))
+
+    async def point(self, *images: str) -> str:
+        """A new reference point of a VM with these images."""
+        disks = [BackupDisk(image, image) for image in images]
+        begun = await self.ask(calls.CHECKPOINT_BEGIN, calls.BeginCheckpoint("vm", disks))
+        await self.ask(calls.CHECKPOINT_END, calls.EndCheckpoint(begun.checkpoint, "keep"))
+        return begun.point
+
+    async def changes(self, image: str, point: str) -> ChangesInfo:
+        return await self.ask(calls.CHANGES, calls.PointName(image, point))
+
+    async def exact(self, image: str, point: str) -> list[tuple[int, int]]:
+        """The changes, which must be exact."""
+        changes = await self.changes(image, point)
+        assert (changes.exact, changes.over_report_bytes) == (True, 0)
+        return [(offset, length) for offset, length in changes.extents]

@@ -102,6 +102,7 @@ class Images:
             else None,
             points=len(image.image.points()),
             owner=image.ownership.show(),
+            space=self._checkpoints.forks.space(image),
         )
 
     def _whose(self, name: str) -> tuple[directories.ClosedState, str, Owner | None]:
@@ -362,16 +363,15 @@ class Images:
         try:
             await image.ownership.check()
         except Lost as error:
-            if name not in self._in_work:
-                await self._lose(name, image, str(error))
+            await self.lose(name, image, str(error))
         except OSError as error:
             log.warning("image.not_checked", image=name, reason=str(error))
         finally:
             self._being_checked.discard(name)
 
-    async def _lose(self, name: str, image: OpenImage, reason: str) -> None:
-        """Stop serving what is not ours any more."""
-        if self._opened.get(name) is not image:
+    async def lose(self, name: str, image: OpenImage, reason: str) -> None:
+        """Stop serving what is not ours any more. Whoever is at work on it finds out for himself."""
+        if self._opened.get(name) is not image or name in self._in_work:
             return
         with self._working_on(name):
             del self._opened[name]

@@ -26,7 +26,7 @@ from diskd.core.inventory import (
     Outcome,
     PointInfo,
 )
-from diskd.core.ownership import Daemon
+from diskd.core.ownership import Daemon, Lost
 from diskd.core.ports import Export, FrozenVm
 from diskd.errors import Refused
 from diskd.shell import daemons
@@ -64,7 +64,10 @@ class Library:
         self._me = me
         self._images: dict[str, OpenImage] = {}
         overlay_settings = OverlaySettings(
-            settings.merge_batch_bytes, settings.avhd_limit_bytes, settings.merge_rate
+            settings.merge_batch_bytes,
+            settings.avhd_limit_bytes,
+            settings.merge_rate,
+            settings.low_disk_limit,
         )
         self._checkpoints = Checkpoints(
             root / "checkpoints",
@@ -167,8 +170,12 @@ class Library:
         return await self._change_lease(image, lease.release, epoch, holder)
 
     async def _change_lease(self, image: str, decision: lease.Decision, epoch: int, holder: str) -> Lease:
+        found = self._lives.find(image)
         try:
-            return await self._lives.find(image).change_lease(decision, epoch, holder)
+            return await found.change_lease(decision, epoch, holder)
+        except Lost as error:
+            await self._lives.lose(image, found, str(error))
+            raise
         except OSError as error:
             raise Refused(f"the lease of image {image} could not be made durable: {error}") from error
 
