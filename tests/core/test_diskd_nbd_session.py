@@ -421,3 +421,21 @@ def test_errors_on_the_wire(code: int | None, expected: int) -> None:
 def test_a_message_is_cut_at_a_character() -> None:
     assert len(wire.error_text("é" * 5000)) == 4096
     assert wire.error_text("x" + "é" * 5000).decode()[-1] == "é"
+
+
+def test_a_server_that_goes_refuses_options() -> None:
+    peer = haggling_peer()
+    peer.session.shut_down("going")
+    for data in (client.option(client.LIST), client.go("disk"), client.option(99, b"x")):
+        (reply,) = peer.options(data)
+        assert (reply.kind, reply.data) == (7 | 1 << 31, b"going")
+    (reply,) = peer.options(client.option(client.ABORT))
+    assert reply.kind == client.ACK
+
+
+def test_fua_only_where_it_was_offered() -> None:
+    peer = open_peer(READ_ONLY)
+    (reply,) = peer.requests(client.request(client.READ, 0, 512, flags=client.FUA))
+    assert reply.error == errno.EINVAL
+    (reply,) = peer.requests(client.request(client.WRITE, 0, data=b"x", flags=client.FUA))
+    assert reply.error == errno.EPERM

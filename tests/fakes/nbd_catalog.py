@@ -1,6 +1,8 @@
 """A catalog of exports made by hand, for tests of the NBD server without images."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
+
+import trio
 
 from diskd.core.ports import ChangeReport, Device, Export
 from diskd.errors import NoSuchExport, Refused
@@ -15,17 +17,26 @@ class FakeCatalog:
         self.refused: dict[str, str] = {}
         self.drops: list[Callable[[str], None]] = []
         self.open_count = 0
+        self.reports = 0
         self.multi_conn = multi_conn
 
     def names(self) -> Sequence[str]:
         return sorted(set(self.devices) - set(self.refused))
+
+    def _answer(self, report: ChangeReport) -> Callable[[], Awaitable[ChangeReport]]:
+        async def answer() -> ChangeReport:
+            await trio.lowlevel.checkpoint()
+            self.reports += 1
+            return report
+
+        return answer
 
     def _export(self, name: str, close: Callable[[], None]) -> Export:
         if name in self.refused:
             raise Refused(self.refused[name])
         if name not in self.devices:
             raise NoSuchExport(f"there is no export {name!r}")
-        contexts = {point: (lambda report=report: report) for point, report in self.points.items()}
+        contexts = {point: self._answer(report) for point, report in self.points.items()}
         return Export(self.devices[name], self.multi_conn, contexts, close)
 
     async def open(self, name: str, *, peer: str, drop: Callable[[str], None]) -> Export:

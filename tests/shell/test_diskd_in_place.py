@@ -1,19 +1,23 @@
 """Reads and writes that an image does in place, many in one step: rules S1 and T1 hold there too."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 from image_harness import MiB, Place, any_writer, cut, new_place, open_image
 
-from diskd.core import lease
+from daemonkit.diskd_api import BackupDisk
+from diskd.core.inventory import LibrarySettings
 from diskd.errors import Fenced
-from diskd.shell.files import Files
+from diskd.shell.frozen import FrozenDevice
 from diskd.shell.image import Image
-from diskd.shell.nbd_linger import Company, Lingering
-from diskd.shell.open_image import OpenImage
+from diskd.shell.library import Library, open_library
+from diskd.shell.nbd_linger import LINGER_NS, Company, Lingering
+from diskd.shell.open_image import PreparedDevice
 from diskd.shell.raw_layer import RawLayer
+from diskd.shell.writer import Writer
 
 SIZE = 16 * MiB
 DATA = memoryview(b"\x21" * 4096)
@@ -93,16 +97,23 @@ async def test_writes_in_place_are_noted_as_often_as_recovery_needs(place: Place
         assert 0 <= time.time_ns() - image.tracker.area.time_ns < place.settings.tracking_flush_interval_ns
 
 
-async def test_a_fenced_connection_does_nothing_in_place(place: Place) -> None:
-    await Image.create(place.directory, SIZE)
-    files = Files(place.directory)
-    await files.run(lease.persist(lease.LeaseState()))
-    opened = OpenImage(await place.open(), files, lease.LeaseState())
-    try:
-        await opened.change_lease(lease.acquire, 5, "n1")
-        device = (await opened.open_session(5, lambda _: None)).device
-        await opened.change_lease(lease.prepare, 6, "n2")
-        destination = (await opened.open_session(6, lambda _: None)).device
+@asynccontextmanager
+async def library_at(root: Path) -> AsyncIterator[Library]:
+    shared = root / "shared"
+    shared.mkdir()
+    async with open_library(root / "root", LibrarySettings(shared_dir=str(shared))) as library:
+        await library.create_image("a", SIZE)
+        yield library
+
+
+async def test_a_fenced_connection_does_nothing_in_place(tmp_path: Path) -> None:
+    async with library_at(tmp_path) as library:
+        await library.acquire_lease("a", 5, "n1")
+        device = (await library.open("a@5", peer="test", drop=print)).device
+        await library.prepare_lease("a", 6, "n2")
+        destination = (await library.open("a@6", peer="test", drop=print)).device
+        assert isinstance(device, Writer)
+        assert isinstance(destination, PreparedDevice)
         await device.write(0, DATA)
         assert device.begin_in_place()
         assert device.write_in_place(0, DATA)
@@ -111,19 +122,52 @@ async def test_a_fenced_connection_does_nothing_in_place(place: Place) -> None:
         assert destination.read_in_place(0, memoryview(bytearray(4096)))
         with pytest.raises(PermissionError):
             destination.write_in_place(0, DATA)
-        await opened.change_lease(lease.acquire, 6, "n2")
+        await library.acquire_lease("a", 6, "n2")
         with pytest.raises(Fenced):
             device.begin_in_place()
         assert destination.begin_in_place()
         assert destination.write_in_place(0, DATA)
-    finally:
-        opened.image.abandon()
-        files.close()
+
+
+async def test_a_frozen_view_reads_in_place_and_reports_once(tmp_path: Path) -> None:
+    async with library_at(tmp_path) as library:
+        writer = (await library.open("a", peer="test", drop=print)).device
+        first = await library.begin_checkpoint("vm", [BackupDisk("d", "a")], "")
+        await library.end_checkpoint(first.checkpoint, "keep")
+        await writer.write(MiB, DATA)
+        second = await library.begin_checkpoint("vm", [BackupDisk("d", "a")], "")
+        await writer.write(MiB, bytes(4096))
+        name = f"a:{second.checkpoint}"
+        one, other = [await library.open(name, peer="test", drop=print) for _ in range(2)]
+        frozen = one.device
+        assert isinstance(frozen, FrozenDevice)
+        buffer = bytearray(4096)
+        assert frozen.begin_in_place()
+        assert frozen.read_in_place(MiB, memoryview(buffer))
+        assert buffer == DATA
+        with pytest.raises(PermissionError):
+            frozen.write_in_place(0, DATA)
+        reports = [await export.contexts[first.point]() for export in (one, other)]
+        assert reports[0].extents == [(MiB, 4096)]
+        assert reports[0] is reports[1]
+        await library.end_checkpoint(second.checkpoint, "discard")
+        with pytest.raises(OSError, match="checkpoint"):
+            frozen.begin_in_place()
+        with pytest.raises(OSError, match="checkpoint"):
+            await one.contexts[first.point]()
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.ns = 0
+
+    def __call__(self) -> int:
+        return self.ns
 
 
 def test_only_the_one_busy_connection_lingers() -> None:
-    company = Company()
-    one, other = Lingering(company), Lingering(company)
+    company, clock = Company(), Clock()
+    one, other = Lingering(company, clock_ns=clock), Lingering(company, clock_ns=clock)
     assert not one.begin()
     for _ in range(6):
         one.woken()
@@ -135,7 +179,26 @@ def test_only_the_one_busy_connection_lingers() -> None:
     for _ in range(6):
         one.woken()
     assert one.begin()
-    while one.go_on():
-        pass
-    # In vain: not at once again.
+
+
+def test_lingering_in_vain_becomes_rare() -> None:
+    clock = Clock()
+    one = Lingering(Company(), clock_ns=clock)
+    lingered = 0
+    for _ in range(1000):
+        one.woken()
+        if one.begin():
+            lingered += 1
+            clock.ns += LINGER_NS // 2
+            assert one.go_on()
+            clock.ns += LINGER_NS
+            assert not one.go_on()
+    assert lingered < 20
+    # Requests that come in time make it usual again, unless the core was away meanwhile.
+    while not one.begin():
+        one.woken()
+    one.found()
+    assert all(one.begin() for _ in range(3))
+    clock.ns += 100 * LINGER_NS
+    one.found()
     assert not one.begin()

@@ -76,6 +76,7 @@ class Haggling:
         self._count = 0
         self._asked: _Asked | None = None
         self._contexts_of = ""
+        self._leaving: str | None = None
         self.no_zeroes = False
         self.structured = False
         self.contexts: tuple[tuple[int, str], ...] = ()
@@ -89,6 +90,13 @@ class Haggling:
         self._count += 1
         if self._count > wire.OPTIONS_MAX:
             raise NbdError(f"more than {wire.OPTIONS_MAX} options")
+
+    def shut_down(self, message: str) -> None:
+        """The server is going: refuse the option that waits, and all that follow but ABORT."""
+        self._leaving = message
+        if self._asked is not None and self._asked.option != Option.EXPORT_NAME:
+            self._reply(self._asked.option, Rep.ERR_SHUTDOWN, wire.error_text(message))
+        self._asked = None
 
     def refuse_oversized(self, option: int) -> None:
         """Answer an option whose data is skipped because it is too long."""
@@ -108,6 +116,8 @@ class Haggling:
             return None
 
     def _handle(self, option: int, data: bytes) -> Question | Ended | None:
+        if self._leaving is not None and option != Option.ABORT:
+            raise OptionError(Rep.ERR_SHUTDOWN, self._leaving)
         match option:
             case Option.EXPORT_NAME:
                 self._asked = _Asked(option, wire.decode_name(data))

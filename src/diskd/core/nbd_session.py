@@ -207,6 +207,11 @@ class Session:
     def has_output(self) -> bool:
         return bool(self._out)
 
+    def shut_down(self, message: str) -> None:
+        """From now on every option, also one that waits for its answer, is refused with ERR_SHUTDOWN.
+        (Requests are the owner's to refuse.)"""
+        self._haggling.shut_down(message)
+
     def finish(self) -> None:
         """The peer has closed its side. Raises NbdError where that was in the middle of something."""
         if self._state is State.ENDED:
@@ -332,6 +337,9 @@ class Session:
             return errno.EINVAL
         if flags:
             if flags & _FLAGS_REFUSED[command]:
+                return errno.EINVAL
+            if flags & _FUA and self.facts.is_read_only and command not in _MODIFYING:
+                # "valid for all commands, provided NBD_FLAG_SEND_FUA has been negotiated"
                 return errno.EINVAL
             if flags & _DF and not self.structured:
                 return errno.EINVAL

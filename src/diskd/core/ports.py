@@ -4,7 +4,7 @@ A *layer is a device*: tracked images, overlays, faulty devices for tests and pl
 ``Device`` and pass one contract test (tests/shell/device_contract.py).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Literal, Protocol
 
 import attrs
@@ -82,7 +82,8 @@ class InPlace(Protocol):
 
 @attrs.frozen
 class Export:
-    """What a name on the NBD wire opens. ``contexts`` are dirty-bitmap points, by point id.
+    """What a name on the NBD wire opens. ``contexts`` are dirty-bitmap points, by point id; what they answer
+    may be asked for again and again.
 
     ``close`` is called once when the connection ends; it is synchronous and never fails. ``fast_zero``:
     zeroing never takes longer than writing zeroes would.
@@ -90,7 +91,7 @@ class Export:
 
     device: Device
     multi_conn: bool
-    contexts: "dict[str, Callable[[], ChangeReport]]"
+    contexts: "dict[str, Callable[[], Awaitable[ChangeReport]]]"
     close: Callable[[], None]
     preferred_block_bytes: int = 4096
     fast_zero: bool = False

@@ -7,12 +7,18 @@ while it was still down are frozen ones, and no others are handed out.
 
 import errno
 import itertools
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+import trio
 
 from diskd.core.overlay import Mode
 from diskd.core.ports import Allocation, ChangeReport
 from diskd.shell.image import Image
 from diskd.shell.overlay import OverlayLayer
+
+# Each takes some 120 bytes per extent; a backup asks for one point's changes, seldom for two.
+_REPORTS_MAX: Final = 4
 
 
 class FrozenImage:
@@ -23,6 +29,8 @@ class FrozenImage:
         self._overlay = overlay
         self._point = point
         self._ended: str | None = None
+        self._reports: dict[str, ChangeReport] = {}
+        self._reporting = trio.Lock()
 
     @property
     def image(self) -> str:
@@ -44,6 +52,24 @@ class FrozenImage:
 
     def changes_since(self, point: str) -> ChangeReport:
         return self._image.changes_since(point, until=self._point)
+
+    async def changes(self, point: str) -> ChangeReport:
+        """As changes_since, for the loop: read by a thread, once for everybody who looks at this view."""
+        self.check()
+        async with self._reporting:
+            report = self._reports.get(point)
+            if report is None:
+                report = await trio.to_thread.run_sync(self.changes_since, point)
+                while len(self._reports) >= _REPORTS_MAX:
+                    del self._reports[next(iter(self._reports))]
+                self._reports[point] = report
+        return report
+
+    def read_into_nowait(self, offset: int, buffer: bytearray | memoryview) -> bool:
+        """As read_into_blocking, from the loop; False where that would take long. The flag does not change
+        while this step of the loop lasts, so one look at it is enough."""
+        self.check()
+        return self._image.raw.read_into_nowait(offset, buffer)
 
     def allocation_blocking(self, offset: int, length: int) -> list[Allocation]:
         self.check()
@@ -96,6 +122,19 @@ class FrozenDevice:
     def is_read_only(self) -> bool:
         return True
 
+    def begin_in_place(self) -> bool:
+        self._disk.check()
+        return True
+
+    def read_in_place(self, offset: int, buffer: memoryview) -> bool:
+        return self._disk.read_into_nowait(offset, buffer)
+
+    def write_in_place(self, offset: int, data: memoryview) -> bool:
+        raise _read_only()
+
+    def read_into_nowait(self, offset: int, buffer: bytearray) -> bool:
+        return self._disk.read_into_nowait(offset, buffer)
+
     def read_nowait(self, offset: int, length: int) -> bytes | None:
         return None
 
@@ -123,11 +162,11 @@ class FrozenDevice:
         return await self._disk.allocation(offset, length)
 
 
-def contexts(disk: FrozenImage) -> dict[str, Callable[[], ChangeReport]]:
+def contexts(disk: FrozenImage) -> dict[str, Callable[[], Awaitable[ChangeReport]]]:
     """Dirty-bitmap contexts of a frozen disk, one per valid point."""
 
-    def report(point: str) -> Callable[[], ChangeReport]:
-        return lambda: disk.changes_since(point)
+    def report(point: str) -> Callable[[], Awaitable[ChangeReport]]:
+        return lambda: disk.changes(point)
 
     return {point: report(point) for point in disk.points}
 

@@ -9,8 +9,9 @@ the loop sends what it has, which also lets other connections run.
                       -> in place --------------^
                       -> task: await device.x --^
 
-``drop`` ends a connection from outside (fencing, shutdown): nothing more is read, what runs is finished,
-its replies (ESHUTDOWN among them) are sent, then the socket is closed; all that within DROP_SECONDS_MAX.
+``drop`` ends a connection from outside (fencing, shutdown): nothing more is begun, what runs is finished and
+answered; what has arrived by then is answered too, requests with ESHUTDOWN, options with ERR_SHUTDOWN; then
+the socket is closed. All that within DROP_SECONDS_MAX.
 """
 
 import errno
@@ -30,7 +31,7 @@ from diskd.core import nbd_wire as wire
 from diskd.core.nbd_haggling import Ended, ExportFacts, ExportWanted, NamesWanted
 from diskd.core.nbd_session import Request, Session, State
 from diskd.core.nbd_wire import Command, Descriptor, NbdError, Rep
-from diskd.core.ports import ChangeReport, Device, Export, ExportCatalog, InPlace
+from diskd.core.ports import Device, Export, ExportCatalog, InPlace
 from diskd.errors import NoSuchExport
 from diskd.shell.nbd_linger import Company, Lingering
 
@@ -45,6 +46,8 @@ BATCH_BYTES_MAX: Final = 1 * MiB
 BATCH_SECONDS_MAX: Final = 0.002
 # Long enough for replies to a live peer, short enough that a dead one does not hold up fencing.
 DROP_SECONDS_MAX: Final = 2.0
+# How often a connection that is sent home is asked for what it still has to say: two full buffers' worth.
+_LAST_LOOKS: Final = 4
 # From this size on a read's buffer is used again; the spare ones of a connection, at most.
 _REUSED_BYTES_MIN: Final = 64 << 10
 _SPARE_MAX: Final = 4
@@ -79,7 +82,6 @@ class Connection:
         self._catalog = catalog
         self._session = Session()
         self._export: Export | None = None
-        self._reports: dict[str, ChangeReport] = {}
         self._all = trio.CancelScope()
         self._reading = trio.CancelScope()
         self._send_lock = trio.Lock()
@@ -113,6 +115,8 @@ class Connection:
                 async with trio.open_nursery() as tasks:
                     with self._reading:
                         await self._serve(tasks)
+                    if self._reading.cancel_called and not self._peer_gone:
+                        await self._send_home()
                 await self._flush()
         finally:
             if self._export is not None:
@@ -130,6 +134,35 @@ class Connection:
             self.reason = str(error)
         except OSError as error:
             self.reason = error.strerror or str(error)
+
+    async def _send_home(self) -> None:
+        """Refuse what arrives until everything that runs has been answered, and what has arrived by then."""
+        self._session.shut_down(self.reason)
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._refuse_arriving)
+                while self._in_flight:
+                    await self._room.wait()
+                nursery.cancel_scope.cancel(reason="everything has been answered")
+            for _ in range(_LAST_LOOKS):
+                if not self._receive_nowait():
+                    break
+                self._refuse_received()
+        except* (NbdError, OSError):
+            # Nonsense, or gone: it is being closed anyway.
+            pass
+
+    async def _refuse_arriving(self) -> None:
+        while self._session.state is not State.ENDED:
+            self._refuse_received()
+            await self._flush()
+            await self._receive()
+
+    def _refuse_received(self) -> None:
+        session = self._session
+        while (event := session.next_event()) is not None:
+            if isinstance(event, Request):
+                session.reply_error(event, errno.ESHUTDOWN, self.reason)
 
     # --- bytes
 
@@ -369,8 +402,12 @@ class Connection:
         while self._in_flight and (
             self._in_flight >= IN_FLIGHT_MAX or self._in_flight_bytes + cost > IN_FLIGHT_BYTES_MAX
         ):
-            await self._flush()
-            await self._room.wait()
+            try:
+                await self._flush()
+                await self._room.wait()
+            except trio.Cancelled:
+                self._session.reply_error(request, errno.ESHUTDOWN, self.reason)
+                raise
         self._in_flight += 1
         self._in_flight_bytes += cost
         tasks.start_soon(self._serve_waiting, request, cost, device)
@@ -428,19 +465,12 @@ class Connection:
                 runs = await device.allocation(request.offset, request.length)
                 found = wire.allocation_descriptors(runs, count_max=count_max)
             else:
-                extents = self._report(name).extents
+                assert self._export is not None
+                report = self._export.contexts[name.removeprefix(wire.DIRTY_BITMAP)]
+                extents = (await report()).extents
                 found = wire.dirty_descriptors(extents, request.offset, request.length, count_max=count_max)
             answers.append((context_id, found))
         return answers
-
-    def _report(self, context: str) -> ChangeReport:
-        """The changes of a dirty-bitmap context: asked for once, since a frozen view does not change."""
-        report = self._reports.get(context)
-        if report is None:
-            assert self._export is not None
-            report = self._export.contexts[context.removeprefix(wire.DIRTY_BITMAP)]()
-            self._reports[context] = report
-        return report
 
 
 def _facts(export: Export) -> ExportFacts:

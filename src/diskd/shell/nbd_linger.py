@@ -11,6 +11,7 @@ than sleeping). Other tasks still get their turn after BATCH_SECONDS_MAX of the 
 
 import os
 import time
+from collections.abc import Callable
 from typing import Final
 
 # Twice what a local client needs for its next request; what an idle moment costs at most.
@@ -33,8 +34,9 @@ class Company:
 class Lingering:
     """One connection's: ``begin`` says whether to look again, ``go_on`` after each look in vain."""
 
-    def __init__(self, company: Company) -> None:
+    def __init__(self, company: Company, *, clock_ns: Callable[[], int] = time.perf_counter_ns) -> None:
         self._company = company
+        self._clock_ns = clock_ns
         self._alone = 0
         self._skip = 0
         self._misses = 0
@@ -54,13 +56,13 @@ class Lingering:
         if self._skip:
             self._skip -= 1
             return False
-        self._since = time.perf_counter_ns()
+        self._since = self._clock_ns()
         os.sched_yield()
         return True
 
     def go_on(self) -> bool:
         """False: give up."""
-        if time.perf_counter_ns() - self._since < LINGER_NS:
+        if self._clock_ns() - self._since < LINGER_NS:
             os.sched_yield()
             return True
         self._misses += 1
@@ -69,7 +71,7 @@ class Lingering:
 
     def found(self) -> None:
         """The request has come."""
-        if time.perf_counter_ns() - self._since < _LOST_NS:
+        if self._clock_ns() - self._since < _LOST_NS:
             self._misses = 0
         else:
             self._misses += 2

@@ -103,8 +103,7 @@ class Writer:
         return True
 
     def read_in_place(self, offset: int, buffer: memoryview) -> bool:
-        read_into = getattr(self.image.layer, "read_into_nowait", None)
-        return read_into is not None and read_into(offset, buffer)
+        return self.image.layer.read_into_nowait(offset, buffer)
 
     def write_in_place(self, offset: int, data: memoryview) -> bool:
         image = self.image
