@@ -76,7 +76,8 @@ class BackupDisk:
 class BackupRequest:
     """``since`` names the base point where mode is "since". ``config``: the VM file's text, verbatim.
     ``epoch``: of the run whose node asks, or 0: the backup is given up when its disks are leased under a
-    newer one, so that nobody who takes the VM over has to wait for it."""
+    newer one, so that nobody who takes the VM over has to wait for it. ``retry_for_ns``: how long a target
+    that was lost on the way is tried again."""
 
     vm: str
     disks: list[BackupDisk]
@@ -85,6 +86,7 @@ class BackupRequest:
     mode: BackupMode = "auto"
     since: str | None = None
     epoch: int = 0
+    retry_for_ns: int = 0
 
 
 @attrs.frozen

@@ -32,7 +32,7 @@ from diskd.cli.calling import SECONDS_UNBOUNDED, Diskd, pass_diskd
 @click.option("--since", metavar="POINT", help="The changes since this reference point.")
 @click.option("--resume", is_flag=True, help="Go on with a sealed checkpoint: not built yet.")
 @click.option("--retry-for", type=DURATION, default="2m", show_default=True, metavar="TIME",
-              help="How long to try again, from where it stood, when the target is lost on the way.")  # fmt: skip
+              help="How long to try again, from where it stood, a target that was lost.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Lines of JSON: progress, and the result last.")
 @pass_diskd
 def backup(

@@ -15,6 +15,7 @@ The header comes last: until ``finish`` the file is no qcow2 file at all.
 from collections.abc import Callable
 from typing import Final, Protocol
 
+import attrs
 import numpy as np
 
 from daemonkit.errors import InvariantBroken
@@ -33,6 +34,22 @@ from diskd.errors import Refused
 WriteAt = Callable[[int, bytes | memoryview], None]
 # share(guest offset, host offset, length): the ranges (start, end) within it that are still to be written.
 Share = Callable[[int, int, int], list[tuple[int, int]]]
+
+
+@attrs.frozen
+class WriterState:
+    """Where a file stands between two runs, besides what is in the file: enough to go on in another process.
+
+    The L1 entries below ``l2_index`` are in the file, at their place. ``buffer`` is the filled part of the
+    cluster ``open``.
+    """
+
+    next: int
+    l2_index: int
+    l2: bytes
+    open: int | None
+    buffer: bytes
+    position: int
 
 
 class Base(Protocol):
@@ -89,6 +106,34 @@ class Qcow2Writer:
         self._buffer = bytearray(cluster_bytes)
         self._filled = 0
         self._position = 0
+        self._l1_saved = 0
+
+    def save(self) -> WriterState:
+        """The state now. Raises as ``write``. Good for ``restore`` once the file has been synced."""
+        first, self._l1_saved = self._l1_saved, self._l2_index
+        if self._l2_index > first:
+            self._write(self._cluster + first * 8, self._l1[first : self._l2_index].tobytes())
+        filled = bytes(self._buffer[: self._filled]) if self._open is not None else b""
+        return WriterState(self._next, self._l2_index, self._l2.tobytes(), self._open, filled, self._position)
+
+    def restore(self, state: WriterState, l1: bytes) -> int:
+        """Go on from ``state``, on a new writer of the same file; ``l1``: what the file holds from its second
+        cluster on. How long the file should be cut to. Raises Refused where that cannot be."""
+        entries = state.l2_index
+        fits = 0 <= entries <= len(self._l1) and len(state.l2) == self._l2.nbytes
+        if not fits or len(l1) < entries * 8 or len(state.buffer) > self._cluster or state.next < self._next:
+            raise Refused("what was kept of an unfinished file does not fit it")
+        self._l1[:entries] = np.frombuffer(l1, dtype=TABLE, count=entries)
+        self._l2[:] = np.frombuffer(state.l2, dtype=TABLE)
+        self._next, self._l2_index, self._l1_saved = state.next, entries, entries
+        self._open, self._filled, self._position = state.open, len(state.buffer), state.position
+        self._buffer[: self._filled] = state.buffer
+        return self._next * self._cluster
+
+    @property
+    def l1_bytes(self) -> tuple[int, int]:
+        """(offset, length) of the L1 table in the file."""
+        return self._cluster, self._l1.nbytes
 
     def data(self, offset: int, data: bytes | memoryview) -> None:
         """The guest's bytes at ``offset``. Raises Refused out of order or out of bounds, OSError as write."""

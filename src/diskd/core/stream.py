@@ -52,8 +52,14 @@ PREFIX: Final = struct.Struct(">8sII")
 HEADER_BYTES_MAX: Final = 1 * MiB
 TEXT_BYTES_MAX: Final = 4 * KiB
 REPLY_BYTES_MAX: Final = 64 * KiB
+# So many headers fit one reply.
+HAVE_BYTES_MAX: Final = 1000 * FRAME.size
 
 ExportKind: TypeAlias = Literal["full", "differential"]
+
+
+class SourceLost(StreamError):
+    """The stream ends before its trailer: it can go on in another connection."""
 
 
 class StreamAborted(OperatorError):
@@ -247,6 +253,12 @@ class StreamDecoder:
         self._buffer, self._taken = bytearray(), 0
         return rest
 
+    def known(self, packed: bytes) -> None:
+        """The sender goes on behind these headers, which were taken from it before. Raises StreamError."""
+        if self._order is None:
+            refuse("the header comes first")
+        self._order.take_rows(packed)
+
     def batch(self, view: memoryview) -> tuple[FrameBatch, Rows]:
         """The whole frames at the beginning of a caller's own buffer, without copying them. What is there
         instead of a frame (trailer, abort) is left to ``feed`` and ``next_event``. Raises StreamError."""
@@ -338,6 +350,14 @@ class Ready:
 
 
 @attrs.frozen
+class Have:
+    """Before ``Ready``, to a source that resumes: the headers of the frames that are durable here, in order,
+    as many messages as it takes. The source goes on behind them."""
+
+    headers: bytes
+
+
+@attrs.frozen
 class Ack:
     """``taken`` frames are verified and written, ``durable`` of them synced."""
 
@@ -365,9 +385,10 @@ class RefusedReply:
     reason: str
 
 
-Reply: TypeAlias = Ready | Ack | Working | Committed | RefusedReply
+Reply: TypeAlias = Ready | Have | Ack | Working | Committed | RefusedReply
 _REPLIES: Final[dict[str, type[Any]]] = {
     "ready": Ready,
+    "have": Have,
     "ack": Ack,
     "working": Working,
     "committed": Committed,

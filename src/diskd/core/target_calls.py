@@ -86,11 +86,20 @@ class OfferedPoint:
 @attrs.frozen
 class OfferedPoints:
     """``repository``: which one this is, whatever its address. ``known`` counts all points of the VM
-    there, the damaged ones included."""
+    there, the damaged ones included. ``unfinished``: points (and the base of each) that a source may go on
+    sending."""
 
     repository: str
     known: int
     points: list[OfferedPoint]
+    unfinished: dict[str, str | None] = attrs.field(factory=dict)
+
+
+@attrs.frozen
+class ExportOptions:
+    """``resume``: the source understands ``Have``, and goes on behind what the target has of this point."""
+
+    resume: bool = False
 
 
 @attrs.frozen
@@ -214,7 +223,7 @@ SYNTHESIZE: Final = Method("target.synthesize", PointName, SynthesizeReport)
 PRUNE: Final = Method("target.prune", PruneRequest, PruneReport)
 SERVE: Final = Method("target.serve", ServeRequest, Nothing)
 AUDIT: Final = Method("target.audit", PointName, Nothing)
-EXPORT: Final = Method("target.export", Nothing, Nothing)
+EXPORT: Final = Method("target.export", ExportOptions, Nothing)
 RESTORE: Final = Method("target.restore", PointName, Nothing)
 EXPORT_IMAGE: Final = Method("export.image", ExportRequest, Nothing)
 AUDIT_RUN: Final = Method("audit.run", AuditRequest, AuditReport)

@@ -11,6 +11,7 @@
 Ending the checkpoint is shielded: whoever asked for the backup may have gone in the meantime.
 """
 
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final, Literal, Protocol
@@ -20,9 +21,10 @@ import structlog
 import trio
 
 from daemonkit.diskd_api import BACKUP_RUN, BackupDisk, BackupDiskReport, BackupReport, BackupRequest, Lease
-from daemonkit.errors import HoldfastError
+from daemonkit.errors import HoldfastError, OperatorError
 from daemonkit.ports import Address
 from daemonkit.rpc import Call, CallFailed, Client, Registry, connect
+from daemonkit.units import SECOND
 from diskd.core import target_calls as calls
 from diskd.core.copy_plan import TargetPoint, choose_base, data_bytes
 from diskd.core.inventory import (
@@ -31,15 +33,17 @@ from diskd.core.inventory import (
     NAME_PATTERN,
     REPOSITORY_ID_LENGTH_MAX,
 )
+from diskd.core.patience import Patience
 from diskd.core.ports import FrozenVm
 from diskd.core.stream import abort, is_point
 from diskd.errors import Refused
-from diskd.shell.export import ExportSession, prepare_blocking, source_disks
+from diskd.shell.export import ExportSession, Prepared, TargetLost, prepare_blocking, source_disks
 
 CONTACT_SECONDS_MAX: Final = 10.0
 # Making a point durable takes two syncs of a disk; longer than this means that the disk is gone.
 END_SECONDS_MAX: Final = 120.0
 PROGRESS_SECONDS: Final = 0.5
+RATE_SAMPLES: Final = 10
 
 log = structlog.get_logger("backup")
 
@@ -205,6 +209,36 @@ def _answering(target: Address) -> Iterator[None]:
         raise CallFailed(f"the target {target} does not answer") from None
 
 
+def _lost_of(error: BaseException) -> OperatorError | None:
+    """The loss of the target, where nothing else has gone wrong."""
+    if isinstance(error, BaseExceptionGroup):
+        found = [_lost_of(inner) for inner in error.exceptions]
+        return None if None in found else found[0]
+    return error if isinstance(error, TargetLost | CallFailed) else None
+
+
+@attrs.define(eq=False)
+class Moved:
+    """How fast an export has moved of late. ``bytes_per_second`` is of the last few seconds."""
+
+    attempts: int = 0
+    bytes_per_second: int | None = None
+    remaining_s: int | None = None
+    _samples: deque[tuple[float, int]] = attrs.field(factory=lambda: deque(maxlen=RATE_SAMPLES))
+
+    def note(self, now: float, done: int, total: int) -> None:
+        """``done`` of ``total`` bytes at ``now``."""
+        if self._samples and done < self._samples[-1][1]:
+            self._samples.clear()
+        self._samples.append((now, done))
+        since, before = self._samples[0]
+        seconds = now - since
+        if seconds > 0:
+            self.bytes_per_second = round((done - before) / seconds)
+            rate = self.bytes_per_second
+            self.remaining_s = round((total - done) / rate) if rate > 0 else None
+
+
 @attrs.define(eq=False)
 class _Backup:
     """What happens between the cut and the end of the checkpoint."""
@@ -214,27 +248,55 @@ class _Backup:
     target: Address
     key: bytes | None
     report: Report
+    prepared: Prepared | None = None
     session: ExportSession | None = None
     base: str | None = None
+    moved: Moved = attrs.field(factory=Moved)
 
     async def send(self) -> None:
-        """Returns when the target has committed."""
+        """Returns when the target has committed. A target that is lost is tried again for a while: the
+        checkpoint stands meanwhile, and what the target has made durable is not sent again."""
         # Whoever wants to look at the frozen disks meanwhile finds them as IMAGE:CHECKPOINT.
         frozen = {"checkpoint": self.frozen.checkpoint, "point": self.frozen.point}
         await self.report({"step": "frozen", "vm": self.request.vm, **frozen})
+        patience = Patience(self.request.retry_for_ns)
+        while True:
+            try:
+                await self._attempt()
+                return
+            except (OperatorError, BaseExceptionGroup) as error:
+                session, lost = self.session, _lost_of(error)
+                if session is None or lost is None or not (session.has_begun or self.moved.attempts):
+                    raise
+                pause = patience.lost(round(trio.current_time() * SECOND), session.durable)
+                if pause is None:
+                    raise
+                reason = str(lost)
+            self.moved.attempts += 1
+            log.info("backup.interrupted", vm=self.request.vm, point=self.frozen.point, reason=reason)
+            await self.report({"step": "interrupted", "vm": self.request.vm, "reason": reason})
+            await trio.sleep(pause / SECOND)
+
+    async def _attempt(self) -> None:
         async with connect(self.target, key=self.key) as client:
-            with _answering(self.target):
-                offered = await client.call(calls.POINTS_OFFERED, calls.VmName(self.request.vm))
-                if await self._settle(client, offered.repository):
+            if self.prepared is None:
+                with _answering(self.target):
                     offered = await client.call(calls.POINTS_OFFERED, calls.VmName(self.request.vm))
-            self.base = self._choose(offered)
-            prepared = await trio.to_thread.run_sync(prepare_blocking, self.frozen, self.base)
-            self.session = ExportSession(prepared)
+                    if await self._settle(client, offered.repository):
+                        offered = await client.call(calls.POINTS_OFFERED, calls.VmName(self.request.vm))
+                self.base = self._choose(offered)
+                self.prepared = await trio.to_thread.run_sync(prepare_blocking, self.frozen, self.base)
+            before = self.session
+            session = ExportSession(self.prepared, finished=before.finished if before else None)
+            session.durable = before.durable if before else 0
             with _answering(self.target):
-                stream = await client.open_stream(calls.EXPORT, calls.Nothing())
+                stream = await client.open_stream(
+                    calls.EXPORT, calls.ExportOptions(resume=before is not None)
+                )
+            self.session = session
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._tell, self.session)
-                await self.session.run(stream)
+                nursery.start_soon(self._tell, session)
+                await session.run(stream)
                 nursery.cancel_scope.cancel(reason="committed")
 
     async def _settle(self, client: Client, repository: str) -> bool:
@@ -263,6 +325,7 @@ class _Backup:
     async def _tell(self, session: ExportSession) -> None:
         total = session.prepared.data_bytes
         while True:
+            self.moved.note(trio.current_time(), session.sent_bytes, total)
             await self.report(
                 {
                     "step": "send",
@@ -271,6 +334,8 @@ class _Backup:
                     "base": self.base,
                     "done_bytes": session.sent_bytes,
                     "total_bytes": total,
+                    "bytes_per_second": self.moved.bytes_per_second,
+                    "remaining_s": self.moved.remaining_s,
                 }
             )
             await trio.sleep(PROGRESS_SECONDS)

@@ -30,6 +30,7 @@ from diskd.core.stream import (
     DiskHeader,
     ExportHeader,
     FrameKind,
+    Have,
     Ready,
     RefusedReply,
     Reply,
@@ -126,6 +127,25 @@ class Producer:
             for run in frames_of(plan):
                 yield number, run
 
+    def skip(self, packed: bytes) -> None:
+        """The receiver has these frames: go on behind them, without reading them again. Raises Refused where
+        they are not the ones that this plan begins with."""
+        begin = self._encoder.frames
+        with contextlib.suppress(StreamError):
+            self._encoder.take_rows(packed)
+        for start in range(0, len(packed), FRAME.size):
+            kind, _, disk, _, offset, length, _ = FRAME.unpack_from(packed, start)
+            if self._next != (disk, Run(kind, offset, length)):
+                break
+            self._next = next(self._frames, None)
+        else:
+            if (self._encoder.frames - begin) * FRAME.size == len(packed):
+                return
+        raise Refused(
+            f"what the target has of {self._prepared.header.point} was sent by another plan; back up again"
+            " without --resume"
+        )
+
     def fill(self, buffer: bytearray) -> Batch | None:
         """As many frames as fit; None behind the last one. Raises OSError from the disk."""
         if self._next is None:
@@ -181,15 +201,19 @@ class ReplyReader:
 class ExportSession:
     """One export over one stream. ``run`` once; the other members are for whoever watches or cleans up."""
 
-    def __init__(self, prepared: Prepared) -> None:
-        """Raises Refused for a VM that this format cannot carry."""
+    def __init__(self, prepared: Prepared, *, finished: Trailer | None = None) -> None:
+        """Raises Refused for a VM that this format cannot carry. ``finished``: what an earlier session of the
+        same export amounted to, where it got as far as its trailer."""
         self.prepared = prepared
+        self.finished = finished
         try:
             self.encoder = StreamEncoder(prepared.header)
         except StreamError as error:
             raise Refused(f"{prepared.header.vm} cannot be exported: {error}") from error
         # B3: once the trailer may have left, only the receiver knows whether the point exists.
-        self.may_have_committed = False
+        self.may_have_committed = finished is not None
+        self.durable = 0
+        self.has_begun = False
         # One thread reads and digests, one sends.
         self._threads = trio.CapacityLimiter(2)
         self._window = 0
@@ -206,25 +230,32 @@ class ExportSession:
 
     def summary(self) -> Trailer:
         """The digests, once everything has been framed."""
-        return self.encoder.summary()
+        return self.finished or self.encoder.summary()
 
     async def run(self, stream: trio.abc.Stream) -> Committed:
         """Send everything; return when the receiver has committed. Raises Refused, TargetLost, OSError."""
         replies = ReplyReader(stream)
+        producer = Producer(self.prepared, self.encoder)
         await self._send(stream, self.encoder.opening)
-        while isinstance(first := await replies.next(), Working):
-            pass
+        while isinstance(first := await replies.next(), Working | Have):
+            if isinstance(first, Have):
+                await trio.to_thread.run_sync(producer.skip, first.headers, limiter=self._threads)
         if isinstance(first, Committed):
             # It has the point already: the same one only if its digest is that of what would be sent.
-            await trio.to_thread.run_sync(self._digest_blocking, limiter=self._threads)
+            if self.finished is None:
+                await trio.to_thread.run_sync(self._digest_blocking, producer, limiter=self._threads)
             return self._check_committed(first)
         if not isinstance(first, Ready):
             raise StreamError("the target answered in an unknown order")
+        self.may_have_committed, self.finished = False, None
+        self.has_begun, self._acked_frames = True, self.encoder.frames
+        self.durable = self.encoder.frames
         self._window = max(first.window_bytes, BUFFER_BYTES)
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._listen, replies)
-                await self._send_frames(stream)
+                await self._send_frames(stream, producer)
+                self.finished = self.encoder.summary()
                 self.may_have_committed = True
                 await self._send(stream, self.encoder.finish())
         except BaseExceptionGroup as group:
@@ -235,13 +266,12 @@ class ExportSession:
         assert self._committed is not None
         return self._check_committed(self._committed)
 
-    def _digest_blocking(self) -> None:
-        producer, buffer = Producer(self.prepared, self.encoder), bytearray(BUFFER_BYTES)
+    def _digest_blocking(self, producer: Producer) -> None:
+        buffer = bytearray(BUFFER_BYTES)
         while producer.fill(buffer) is not None:
             trio.from_thread.check_cancelled()
 
-    async def _send_frames(self, stream: trio.abc.Stream) -> None:
-        producer = Producer(self.prepared, self.encoder)
+    async def _send_frames(self, stream: trio.abc.Stream, producer: Producer) -> None:
         free_send, free = trio.open_memory_channel[bytearray](BUFFERS)
         for _ in range(BUFFERS):
             free_send.send_nowait(bytearray(BUFFER_BYTES))
@@ -286,6 +316,7 @@ class ExportSession:
         if not self._acked_frames <= ack.taken <= self.encoder.frames or not 0 <= ack.durable <= ack.taken:
             raise StreamError("the target acknowledged frames that were not sent")
         self._acked_frames = ack.taken
+        self.durable = max(self.durable, ack.durable)
         while self._unacked and self._unacked[0][0] <= ack.taken:
             self._unacked_bytes -= self._unacked.popleft()[1]
         async with self._moved:

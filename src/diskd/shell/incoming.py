@@ -6,12 +6,15 @@
     manifest.json           written and synced last, then the directory is synced
     rename                  .incoming-POINT becomes POINT, then the VM's directory is synced: committed
 
-A kill before the rename leaves a directory with a dot, which the next start removes. Nothing here
-touches a committed file. All functions block; they run in a worker thread.
+While it grows, what is durable of it is recorded (core/partial.py): ``snapshot`` between two batches,
+``keep`` beside the batches that follow. A connection that breaks, or a kill, leaves a directory with a dot
+and that record, from which the same stream can go on; the record goes before the manifest comes. Nothing
+here touches a committed file. All functions block; they run in worker threads.
 """
 
 import os
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -33,10 +36,23 @@ from diskd.core.catalog import (
     disk_file,
     encode_manifest,
 )
+from diskd.core.partial import SLOT_BYTES, Progress, is_sound, newest, opening_digest, pack_slot
 from diskd.core.qcow2 import FULL_CLUSTER_BYTES
 from diskd.core.qcow2_writer import Qcow2Writer, Share
-from diskd.core.stream import ExportHeader, Frame, FrameBatch, FrameKind, Rows, Trailer
-from diskd.errors import Damaged
+from diskd.core.stream import (
+    HAVE_BYTES_MAX,
+    HEADER_BYTES_MAX,
+    PREFIX,
+    ExportHeader,
+    Frame,
+    FrameBatch,
+    FrameKind,
+    Rows,
+    StreamDecoder,
+    StreamError,
+    Trailer,
+)
+from diskd.errors import Damaged, Refused
 from diskd.shell.chain_view import OpenPoint, open_point
 from diskd.shell.repository_files import RepositoryFiles, digest_file
 from diskd.shell.verify import Poll, Stop, verify_content
@@ -46,10 +62,43 @@ WRITEBACK_BYTES: Final = 16 * MiB
 # Smaller writes are gathered as long as they follow one another.
 STAGED_BYTES: Final = 256 * KiB
 _INDEX_BUFFER_BYTES: Final = 1 * MiB
+PROGRESS: Final = "progress"
 
 
 class Uncertain(HoldfastError):
     """Only the next look at the disk tells whether the point is committed: its source asks later (B3)."""
+
+
+class Unusable(HoldfastError):
+    """What is left of an unfinished point is not what its record says: it begins anew."""
+
+
+@attrs.frozen(eq=False)
+class Snapshot:
+    """The state between two batches, and the files that have to be synced before it may be recorded."""
+
+    progress: Progress
+    descriptors: list[int]
+
+
+def unfinished(path: Path) -> tuple[int, Progress] | None:
+    """(sequence, record) of what a broken export left in ``path``, whatever plan it is of. Raises OSError."""
+    try:
+        data = (path / PROGRESS).read_bytes()
+    except FileNotFoundError:
+        return None
+    return newest(data[: 2 * SLOT_BYTES])
+
+
+def index_header(path: Path) -> ExportHeader:
+    """What an index, complete or not, is of. Raises StreamError, OSError."""
+    decoder = StreamDecoder(payloads=False)
+    with path.open("rb") as file:
+        decoder.feed(file.read(PREFIX.size + HEADER_BYTES_MAX))
+    header = decoder.next_event()
+    if not isinstance(header, ExportHeader):
+        raise StreamError("an index without a header")
+    return header
 
 
 class Incoming:
@@ -65,9 +114,11 @@ class Incoming:
         chain: Sequence[Manifest],
         *,
         share_into: Callable[[int, str], Share] | None = None,
+        resume: tuple[int, Progress] | None = None,
     ) -> None:
         """``directory``: the VM's; ``chain``: of the base, or empty. ``share_into(descriptor, disk)``: what
-        puts bytes into a disk's file without writing them (shell/sharing.py). If it raises, nothing is left."""
+        puts bytes into a disk's file without writing them (shell/sharing.py). ``resume``: of ``unfinished``.
+        If it raises, nothing is left; Unusable says that it may begin anew."""
         self._share_into = share_into
         self.header = header
         self.taken = 0
@@ -86,12 +137,22 @@ class Incoming:
         self._data_bytes = [0] * len(header.disks)
         self._staged = bytearray()
         self._staged_offset = 0
+        self._opening = opening
         self._index = -1
         self._index_buffer = bytearray(opening)
         self._index_bytes = 0
+        self._index_hash = blake3()
+        self._turn = threading.Lock()
+        self._has_new_names = False
+        self._synced = 0
+        self._progress = -1
+        self._sequence = 0
         try:
             if chain:
                 self._base = self._stack.enter_context(open_point(directory, chain))
+            if resume is not None:
+                self._reopen(*resume)
+                return
             files.make_directory(temporary)
             files.write_file(temporary / CONFIG, header.config.encode())
             self._index = self._create(INDEX)
@@ -119,6 +180,10 @@ class Incoming:
 
     def batch(self, batch: FrameBatch, rows: Rows) -> None:
         """Write many frames, whose data has been verified (FrameBatch.check_data). Raises as ``frame``."""
+        with self._turn:
+            self._batch(batch, rows)
+
+    def _batch(self, batch: FrameBatch, rows: Rows) -> None:
         disks, kinds = rows["disk"].tolist(), rows["kind"].tolist()
         offsets, lengths = rows["offset"].tolist(), rows["length"].tolist()
         for number, (disk, kind) in enumerate(zip(disks, kinds, strict=True)):
@@ -137,7 +202,7 @@ class Incoming:
         self.taken += len(batch)
 
     def commit(self, trailer: Trailer, *, source_digest: str, committed_at: str, poll: Poll) -> Manifest:
-        """Verify everything and make the point visible and durable. Raises Damaged, OSError."""
+        """Verify everything; then only ``publish`` is left to do. Raises Damaged, OSError."""
         while self._disk < len(self.header.disks) - 1:
             self._next_disk()
         self._finish_disk()
@@ -155,6 +220,9 @@ class Incoming:
         self._stack.close()
         if problems:
             raise Damaged(f"the new point did not verify: {problems[0]}")
+        if self._progress >= 0:
+            self.durable = 0
+            self._files.remove(self._path / PROGRESS)
         self._files.sync_directory(self._path)
         self._files.write_file(self._path / MANIFEST, encode_manifest(manifest))
         self._files.sync_directory(self._path)
@@ -171,6 +239,103 @@ class Incoming:
                 f"{self.header.vm}/{self.header.point} may be committed or not: {error}"
             ) from error
 
+    # --- what is left of it when the connection breaks ---------------------------------------------
+
+    def snapshot(self) -> Snapshot | None:
+        """What could be recorded now; None where nothing is new, or the commit has begun. Raises OSError."""
+        with self._turn:
+            if self._writer is None or self.taken == self.durable:
+                return None
+            writer = self._writer.save()
+            self._flush_staged()
+            self._flush_index()
+            progress = Progress(
+                opening_digest=opening_digest(self._opening),
+                frames=self.taken,
+                index_bytes=self._index_bytes,
+                index_digest=self._index_hash.digest(),
+                written=[size for _, size in self._written],
+                data_bytes=list(self._data_bytes),
+                writer=writer,
+            )
+            unsynced = [descriptor for descriptor, _ in self._written[self._synced :]]
+            return Snapshot(progress, [*unsynced, self._descriptor, self._index])
+
+    def keep(self, snapshot: Snapshot) -> None:
+        """Make it durable, then say so. Other batches may be written meanwhile. Raises OSError."""
+        if self._progress < 0:
+            self._progress = self._create(PROGRESS)
+        for descriptor in snapshot.descriptors:
+            self._files.sync(descriptor)
+        if self._has_new_names:
+            self._has_new_names = False
+            self._files.sync_directory(self._path)
+        self._files.write(self._progress, *pack_slot(self._sequence + 1, snapshot.progress))
+        self._files.sync(self._progress)
+        self._sequence += 1
+        self._synced = len(snapshot.progress.written)
+        self.durable = snapshot.progress.frames
+
+    def suspend(self) -> None:
+        """Close it so that the same stream can go on later; removed where nothing of it is durable."""
+        try:
+            if (snapshot := self.snapshot()) is not None:
+                self.keep(snapshot)
+        except OSError:
+            self.durable = 0
+        if self.durable:
+            self._stack.close()
+        else:
+            self.discard()
+
+    def known(self) -> Iterator[bytes]:
+        """The headers of the frames that a resumed one begins with, in portions for ``Have``."""
+        offset, end = len(self._opening), self._index_bytes
+        while offset < end:
+            data = os.pread(self._index, min(HAVE_BYTES_MAX, end - offset), offset)
+            if not data:
+                raise Damaged(f"{self._path.name}/{INDEX}: it ends early")
+            yield data
+            offset += len(data)
+
+    def _reopen(self, sequence: int, progress: Progress) -> None:
+        """Raises Unusable."""
+        if not is_sound(progress, opening_bytes=len(self._opening), disks=len(self.header.disks)):
+            raise Unusable("the record does not fit the export")
+        try:
+            self._sequence, self._progress = sequence, self._open(PROGRESS)
+            self._reopen_index(progress)
+            for number, size in enumerate(progress.written):
+                descriptor = self._open(disk_file(self.header.disks[number].name))
+                if os.fstat(descriptor).st_size != size:
+                    raise Unusable(f"{disk_file(self.header.disks[number].name)} has another size")
+                self._written.append((descriptor, size))
+            self._synced = len(self._written)
+            self._disk = self._synced - 1
+            self._start_disk(self._open)
+            assert self._writer is not None
+            offset, length = self._writer.l1_bytes
+            l1 = os.pread(self._descriptor, length, offset).ljust(length, b"\0")
+            self._files.set_size(self._descriptor, self._writer.restore(progress.writer, l1))
+        except (OSError, Refused) as error:
+            raise Unusable(str(error)) from error
+        self._data_bytes = list(progress.data_bytes)
+        self.taken = self.durable = progress.frames
+
+    def _reopen_index(self, progress: Progress) -> None:
+        self._index = self._open(INDEX)
+        self._index_buffer.clear()
+        while self._index_bytes < progress.index_bytes:
+            wanted = min(_INDEX_BUFFER_BYTES, progress.index_bytes - self._index_bytes)
+            data = os.pread(self._index, wanted, self._index_bytes)
+            if not data:
+                raise Unusable(f"{INDEX} is too short")
+            self._index_hash.update(data)
+            self._index_bytes += len(data)
+        if self._index_hash.digest() != progress.index_digest:
+            raise Unusable(f"{INDEX} is not what was recorded")
+        self._files.set_size(self._index, progress.index_bytes)
+
     def discard(self) -> None:
         """Close and remove everything of it."""
         self._stack.close()
@@ -180,14 +345,23 @@ class Incoming:
     def _create(self, name: str) -> int:
         descriptor = self._files.create(self._path / name)
         self._stack.callback(os.close, descriptor)
+        self._has_new_names = True
+        return descriptor
+
+    def _open(self, name: str) -> int:
+        descriptor = self._files.reopen(self._path / name)
+        self._stack.callback(os.close, descriptor)
         return descriptor
 
     def _next_disk(self) -> None:
         if self._writer is not None:
             self._finish_disk()
+        self._start_disk(self._create)
+
+    def _start_disk(self, make: Callable[[str], int]) -> None:
         self._disk += 1
         disk = self.header.disks[self._disk]
-        descriptor = self._descriptor = self._create(disk_file(disk.name))
+        descriptor = self._descriptor = make(disk_file(disk.name))
         self._writing_back = 0
         base, backing = None, None
         if self._base is not None and self.header.base is not None:
@@ -246,6 +420,7 @@ class Incoming:
 
     def _flush_index(self) -> None:
         self._files.write(self._index, self._index_bytes, bytes(self._index_buffer))
+        self._index_hash.update(self._index_buffer)
         self._index_bytes += len(self._index_buffer)
         self._index_buffer.clear()
 

@@ -5,24 +5,35 @@ digests; the other writes what was verified. Nothing is copied but the frame tha
 Memory is the buffers; what may be on its way is the window that the source was told.
 """
 
-from collections.abc import Awaitable, Callable
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import Final
 
 import attrs
 import trio
 
+from daemonkit.frames import frame as frame_reply
 from daemonkit.units import KiB
 from diskd.core.stream import (
     DATA_BYTES_MAX,
+    ExportHeader,
+    Frame,
     FrameBatch,
     FrameKind,
+    Reply,
     Rows,
+    SourceLost,
     StreamDecoder,
-    StreamError,
     Trailer,
+    Working,
+    encode_reply,
 )
 from diskd.shell.bulk import BulkSocket
 
+WORKING_SECONDS: Final = 2.0
+SEND_SECONDS_MAX: Final = 30.0
+_RECEIVE_BYTES: Final = 64 * KiB
 BUFFERS: Final = 4
 BUFFER_BYTES: Final = 4 * (DATA_BYTES_MAX + 16 * KiB)
 
@@ -47,7 +58,7 @@ class FrameReceiver:
         self.trailer: Trailer | None = None
 
     def receive_blocking(self, buffer: bytearray) -> Received:
-        """The next frames, verified; none with the trailer. Raises StreamError, StreamAborted, OSError."""
+        """The next frames, verified; none with the trailer. Raises StreamError, StreamAborted."""
         view = memoryview(buffer)
         filled = len(self._rest)
         view[:filled] = self._rest
@@ -71,9 +82,12 @@ class FrameReceiver:
         self.trailer = event
 
     def _more(self, room: memoryview) -> int:
-        count = self._bulk.receive_blocking(room)
+        try:
+            count = self._bulk.receive_blocking(room)
+        except OSError as error:
+            raise SourceLost(f"the connection to the source broke: {error.strerror}") from error
         if count == 0:
-            raise StreamError("the stream ends before its trailer: it is not complete")
+            raise SourceLost("the stream ends before its trailer: it is not complete")
         return count
 
 
@@ -86,7 +100,7 @@ async def receive_frames(
     idle_seconds_max: float,
 ) -> Trailer:
     """Receive and write side by side. ``write`` runs in a worker thread, ``acknowledge`` follows each call of
-    it. Raises TooSlowError for a source that says nothing for so long."""
+    it. Raises SourceLost for a source that says nothing for so long, or goes."""
     free_send, free = trio.open_memory_channel[bytearray](BUFFERS)
     for _ in range(BUFFERS):
         free_send.send_nowait(bytearray(BUFFER_BYTES))
@@ -96,10 +110,13 @@ async def receive_frames(
         async with full_send:
             while receiver.trailer is None:
                 buffer = await free.receive()
-                with trio.fail_after(idle_seconds_max):
-                    received = await trio.to_thread.run_sync(
-                        receiver.receive_blocking, buffer, limiter=threads
-                    )
+                try:
+                    with trio.fail_after(idle_seconds_max):
+                        received = await trio.to_thread.run_sync(
+                            receiver.receive_blocking, buffer, limiter=threads
+                        )
+                except trio.TooSlowError:
+                    raise SourceLost("the source fell silent") from None
                 await full_send.send(received)
 
     async with trio.open_nursery() as nursery, free_send, free, full:
@@ -110,3 +127,49 @@ async def receive_frames(
             await acknowledge()
     assert receiver.trailer is not None
     return receiver.trailer
+
+
+class Source:
+    """The stream that an export comes in, and what is said to it."""
+
+    def __init__(self, stream: trio.abc.Stream) -> None:
+        self.stream = stream
+        self.decoder = StreamDecoder()
+        self._speaking = trio.Lock()
+
+    async def say(self, reply: Reply) -> None:
+        """One message to the source."""
+        async with self._speaking:
+            await send_reply(self.stream, reply)
+
+    async def next_event(self) -> ExportHeader | Frame | Trailer | None:
+        """None at the end of the stream."""
+        while (event := self.decoder.next_event()) is None:
+            data = await self.stream.receive_some(_RECEIVE_BYTES)
+            if not data:
+                return None
+            self.decoder.feed(data)
+        return event
+
+
+async def send_reply(stream: trio.abc.Stream, reply: Reply) -> None:
+    """Raises TooSlowError for a peer that does not read."""
+    with trio.fail_after(SEND_SECONDS_MAX):
+        await stream.send_all(frame_reply(encode_reply(reply)))
+
+
+@asynccontextmanager
+async def signs_of_life(source: Source) -> AsyncIterator[None]:
+    """Tell the source regularly that its export is being worked on, however slow the disk is. A source
+    that has gone does not stop a commit: it settles the point later (B3)."""
+
+    async def tell() -> None:
+        with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError):
+            while True:
+                await trio.sleep(WORKING_SECONDS)
+                await source.say(Working())
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(tell)
+        yield
+        nursery.cancel_scope.cancel(reason="done")

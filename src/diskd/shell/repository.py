@@ -6,13 +6,15 @@ All functions block and may be called from worker threads; the short lock covers
 which files a point's name leads to.
 """
 
+import contextlib
 import datetime as dt
 import errno
 import os
 import re
 import secrets
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
@@ -26,6 +28,7 @@ from daemonkit.units import MiB
 from diskd.core.catalog import (
     DISCARDED_PREFIX,
     INCOMING_PREFIX,
+    INDEX,
     MANIFEST,
     SYNTHETIC_PREFIX,
     TEMPORARY_PREFIXES,
@@ -39,6 +42,7 @@ from diskd.core.catalog import (
     is_restorable,
 )
 from diskd.core.inventory import NAME_PATTERN
+from diskd.core.partial import opening_digest
 from diskd.core.qcow2 import FULL_CLUSTER_BYTES
 from diskd.core.retention import Keep, plan_prune
 from diskd.core.stream import (
@@ -47,12 +51,13 @@ from diskd.core.stream import (
     FrameHeader,
     FrameKind,
     StreamEncoder,
+    StreamError,
     is_point,
 )
 from diskd.core.target_calls import ListedDisk, ListedPoint, PruneReport, SynthesizeReport, Verified
 from diskd.errors import Damaged, Refused
 from diskd.shell.chain_view import OpenPoint, frames_of_view, open_point
-from diskd.shell.incoming import Incoming
+from diskd.shell.incoming import PROGRESS, Incoming, Unusable, index_header, unfinished
 from diskd.shell.repository_files import RepositoryFiles
 from diskd.shell.sharing import Sharing
 from diskd.shell.verify import Poll, check_files, verify_point
@@ -61,6 +66,8 @@ LOCK: Final = ".lock"
 IDENTITY: Final = ".id"
 _IDENTITY: Final = re.compile(r"[0-9a-f]{32}", re.ASCII)
 MANIFEST_BYTES_MAX: Final = 1 * MiB
+# A sealed checkpoint may stand for a day at most (checkpoint_resume_timeout), and only as long is it of use.
+UNFINISHED_SECONDS_MAX: Final = 24 * 3600.0
 
 log = structlog.get_logger("repository")
 
@@ -82,12 +89,15 @@ class Repository:
         self._files = files
         self._names = threading.RLock()
 
-    def clean_up(self) -> list[str]:
-        """Remove what no commit ever named. The paths, for the log."""
+    def clean_up(self, now: float, busy: Container[str] = ()) -> list[str]:
+        """Remove what no commit ever named, but for what a source may still go on with (and the VMs that are
+        ``busy``). ``now``: in seconds, as files' times are. The paths, for the log."""
         removed = []
         for vm in self.vms():
+            if vm in busy:
+                continue
             for path in sorted((self.root / vm).iterdir()):
-                if path.name.startswith(TEMPORARY_PREFIXES):
+                if path.name.startswith(TEMPORARY_PREFIXES) and not _may_go_on(path, now):
                     self._files.remove_tree(path)
                     removed.append(f"{vm}/{path.name}")
         return removed
@@ -162,10 +172,10 @@ class Repository:
         finally:
             opened.__exit__(None, None, None)
 
-    def receive(self, header: ExportHeader, opening: bytes) -> Incoming | Manifest:
-        """Begin a new point, or the manifest of that point where it is committed already (idempotent).
-
-        Raises Refused, Damaged, OSError.
+    def receive(self, header: ExportHeader, opening: bytes, *, resume: bool = False) -> Incoming | Manifest:
+        """Begin a new point, or with ``resume`` go on with an unfinished one where it is of the same plan; or
+        the manifest of that point where it is committed already (idempotent). Removes what other backups of
+        this VM left unfinished. Raises Refused, Damaged, OSError.
         """
         directory = self._directory(header.vm)
         loaded = self.load(header.vm)
@@ -177,12 +187,41 @@ class Repository:
         if not directory.is_dir():
             self._files.make_directory(directory)
         temporary = directory / f"{INCOMING_PREFIX}{header.point}"
-        if temporary.exists():
-            self._files.remove_tree(temporary)
+        for path in directory.glob(f"{INCOMING_PREFIX}*"):
+            if path != temporary:
+                self._files.remove_tree(path)
+        found = unfinished(temporary) if resume else None
+        if found is not None and found[1].opening_digest != opening_digest(opening):
+            raise Refused(
+                f"{header.vm}/{header.point}: what the target has of it was sent by another plan; back up"
+                " again without --resume"
+            )
         try:
+            if found is not None:
+                try:
+                    return Incoming(self._files, directory, temporary, header, opening, chain, resume=found)
+                except Unusable as error:
+                    log.warning("export.restarted", vm=header.vm, point=header.point, reason=str(error))
+            if temporary.exists():
+                self._files.remove_tree(temporary)
             return Incoming(self._files, directory, temporary, header, opening, chain)
         except Damaged as error:
             raise Damaged(f"the base cannot be built on: {error}; take a full backup: use --full") from error
+
+    def forget(self, vm: str, point: str) -> None:
+        """Whatever is unfinished of this point will never be committed."""
+        path = self._directory(vm) / f"{INCOMING_PREFIX}{point}"
+        if path.exists():
+            self._files.remove_tree(path)
+
+    def unfinished_points(self, vm: str) -> dict[str, str | None]:
+        """The points of a VM that a resuming source may go on with, and the base of each."""
+        found: dict[str, str | None] = {}
+        for path in self._directory(vm).glob(f"{INCOMING_PREFIX}*/{PROGRESS}"):
+            with contextlib.suppress(OSError, StreamError):
+                header = index_header(path.with_name(INDEX))
+                found[header.point] = header.base
+        return found
 
     def verify(self, vm: str, point: str, poll: Poll) -> Verified:
         """Everything of one point re-read and compared."""
@@ -314,6 +353,16 @@ class Repository:
         return self.root / vm
 
 
+def _may_go_on(path: Path, now: float) -> bool:
+    """An unfinished point with a record that is not older than any source would wait."""
+    if not path.name.startswith(INCOMING_PREFIX):
+        return False
+    try:
+        return now - (path / PROGRESS).stat().st_mtime < UNFINISHED_SECONDS_MAX
+    except OSError:
+        return False
+
+
 def full_of(opened: OpenPoint) -> tuple[ExportHeader, Iterator[tuple[int, int, bytes]]]:
     """An open point as a full export: its header, and (disk, offset, data) in order, verified as read."""
     manifest = opened.manifest
@@ -355,7 +404,7 @@ def open_repository(root: Path, files: RepositoryFiles | None = None) -> Iterato
         raise
     try:
         repository = Repository(root, _identity(root), files or RepositoryFiles())
-        for path in repository.clean_up():
+        for path in repository.clean_up(time.time()):
             log.info("repository.leftover_removed", path=path)
         yield repository
     finally:

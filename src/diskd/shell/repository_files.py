@@ -42,6 +42,14 @@ class RepositoryFiles:
         """A descriptor of a new, empty file."""
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
 
+    def reopen(self, path: Path) -> int:
+        """A descriptor of a file that is there. Raises OSError."""
+        return os.open(path, os.O_RDWR | os.O_CLOEXEC)
+
+    def remove(self, path: Path) -> None:
+        """Unlink; durable once the directory is synced."""
+        os.unlink(path)
+
     def write(self, descriptor: int, offset: int, data: bytes | memoryview) -> None:
         """All of it. Raises OSError (ENOSPC among others)."""
         write_all(descriptor, data, offset)

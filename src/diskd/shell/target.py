@@ -16,6 +16,7 @@ settles (B3): after the answer it is committed, or never will be.
 """
 
 import contextlib
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -28,7 +29,6 @@ import structlog
 import trio
 
 from daemonkit.errors import HoldfastError, OperatorError
-from daemonkit.frames import frame as frame_reply
 from daemonkit.ports import Address
 from daemonkit.rpc import Call, Registry, serve
 from diskd.core import target_calls as calls
@@ -37,26 +37,32 @@ from diskd.core.stream import (
     Ack,
     Committed,
     ExportHeader,
-    Frame,
     FrameKind,
+    Have,
     Ready,
     RefusedReply,
     Reply,
-    StreamDecoder,
+    SourceLost,
     StreamEncoder,
     StreamError,
     Trailer,
-    Working,
     abort,
-    encode_reply,
 )
 from diskd.errors import Refused
 from diskd.shell.bulk import BulkSocket
 from diskd.shell.chain_view import OpenPoint
 from diskd.shell.incoming import Incoming, Uncertain
 from diskd.shell.nbd_server import NbdServer
+from diskd.shell.point_audit import answer_audit
 from diskd.shell.point_export import PointCatalog
-from diskd.shell.receiving import FrameReceiver, receive_frames
+from diskd.shell.receiving import (
+    SEND_SECONDS_MAX,
+    FrameReceiver,
+    Source,
+    receive_frames,
+    send_reply,
+    signs_of_life,
+)
 from diskd.shell.repository import Repository, full_of, open_repository
 
 T = TypeVar("T")
@@ -70,8 +76,9 @@ _ANSWERING: Final = 4
 # A source that says nothing for so long is dead: it has no reason to be silent while its window is open.
 IDLE_SECONDS_MAX: Final = 120.0
 HEADER_SECONDS_MAX: Final = 30.0
-WORKING_SECONDS: Final = 2.0
-SEND_SECONDS_MAX: Final = 30.0
+# So much of a broken export is sent twice at most, besides what the last sync took.
+DURABLE_SECONDS: Final = 2.0
+SWEEP_SECONDS: Final = 3600.0
 CLEAN_UP_SECONDS_MAX: Final = 60.0
 _RECEIVE_BYTES: Final = 1 << 20
 
@@ -84,6 +91,9 @@ _EXPECTED: Final = (
     trio.ClosedResourceError,
 )
 
+# What may come between an export and its trailer without anything being wrong with what has come.
+_INTERRUPTED: Final = (SourceLost, trio.Cancelled, trio.BrokenResourceError, trio.TooSlowError)
+
 log = structlog.get_logger("target")
 
 
@@ -94,9 +104,13 @@ def poll_cancelled() -> None:
 
 @attrs.define(eq=False)
 class _Receiving:
+    """``committing``: everything has come. ``unwanted``: what there is of it will never be gone on with."""
+
     point: str
     scope: trio.CancelScope
     ended: trio.Event
+    committing: bool = False
+    unwanted: bool = False
 
 
 def leaf_of(error: BaseException) -> BaseException:
@@ -124,7 +138,7 @@ class Target:
 
     def __init__(self, repository: Repository) -> None:
         self._repository = repository
-        self._threads = trio.CapacityLimiter(2 * RECEIVING_MAX + READING_MAX + _ANSWERING)
+        self._threads = trio.CapacityLimiter(3 * RECEIVING_MAX + READING_MAX + _ANSWERING)
         self._receiving: dict[str, _Receiving] = {}
         self._readers: Counter[str] = Counter()
         self._slots = trio.Semaphore(RECEIVING_MAX)
@@ -141,9 +155,18 @@ class Target:
         registry.add(calls.SERVE, self._serve)
         registry.add_stream(calls.EXPORT, self._receive)
         registry.add_stream(calls.RESTORE, self._restore)
+        registry.add_stream(calls.AUDIT, self._audit)
 
     async def _thread(self, function: Callable[..., T], *args: Any) -> T:
         return await trio.to_thread.run_sync(function, *args, limiter=self._threads)
+
+    async def sweep(self) -> None:
+        """Now and then remove what no source will come back for; until cancelled."""
+        while True:
+            await trio.sleep(SWEEP_SECONDS)
+            busy = set(self._receiving)
+            for path in await self._thread(self._repository.clean_up, time.time(), busy):
+                log.info("repository.cleaned_up", path=path)
 
     # --- calls -------------------------------------------------------------------------------------
 
@@ -153,13 +176,18 @@ class Target:
         loaded = await self._thread(self._repository.load, request.vm)
         points = [calls.OfferedPoint(p.point, dict(p.disks)) for p in offered(loaded.points)]
         return calls.OfferedPoints(
-            self._repository.identity, len(loaded.points) + len(loaded.damaged), points
+            self._repository.identity,
+            len(loaded.points) + len(loaded.damaged),
+            points,
+            await self._thread(self._repository.unfinished_points, request.vm),
         )
 
     async def _settle(self, request: calls.PointName, _call: Call) -> calls.SettleReport:
         receiving = self._receiving.get(request.vm)
         if receiving is not None and receiving.point == request.point:
+            receiving.unwanted = True
             await self._end(receiving, "its source settles the point")
+        await self._thread(self._repository.forget, request.vm, request.point)
         loaded = await self._thread(self._repository.load, request.vm)
         return calls.SettleReport(request.point in loaded.points)
 
@@ -210,9 +238,14 @@ class Target:
         await receiving.ended.wait()
 
     @asynccontextmanager
-    async def _turn(self, vm: str, point: str) -> AsyncIterator[None]:
-        """Be the only one who writes points of this VM; whoever was before is ended first."""
+    async def _turn(self, vm: str, point: str) -> AsyncIterator[_Receiving]:
+        """Be the only one who writes points of this VM; whoever was before is ended first. Only a commit of
+        the same point goes on: its source has come back, and shall find the point."""
         while (earlier := self._receiving.get(vm)) is not None:
+            if earlier.committing and earlier.point == point:
+                await earlier.ended.wait()
+                continue
+            earlier.unwanted = earlier.unwanted or earlier.point != point
             log.info("export.superseded", vm=vm, point=earlier.point, by=point)
             await self._end(earlier, f"a newer backup of this VM began ({point})")
         try:
@@ -225,7 +258,7 @@ class Target:
         self._receiving[vm] = mine
         try:
             with mine.scope:
-                yield
+                yield mine
             if mine.scope.cancelled_caught:
                 raise Refused(
                     f"{vm}/{point}: ended by a newer backup of this VM, or by its source's settling it"
@@ -238,16 +271,19 @@ class Target:
 
     # --- exports -----------------------------------------------------------------------------------
 
-    async def _receive(self, _params: calls.Nothing, peer: str, stream: trio.abc.Stream) -> None:
+    async def _receive(self, options: calls.ExportOptions, peer: str, stream: trio.abc.Stream) -> None:
         try:
-            await self._receive_export(peer, stream)
+            await self._receive_export(options, peer, stream)
         except (*_EXPECTED, BaseExceptionGroup) as error:
             leaf = leaf_of(error)
             if not isinstance(leaf, _EXPECTED):
                 raise
+            # No answer to these two: "refused" would say that nothing of it is kept.
             if isinstance(leaf, Uncertain):
-                # No answer: "refused" would say that nothing of it is kept.
                 log.error("export.uncertain", peer=peer, reason=str(leaf))  # noqa: TRY400 - one line, no trace
+                return
+            if isinstance(leaf, SourceLost):
+                log.warning("export.interrupted", peer=peer, reason=str(leaf))
                 return
             reason = "the source fell silent" if isinstance(leaf, trio.TooSlowError) else reason_of(leaf)
             log.warning("export.refused", peer=peer, reason=reason)
@@ -257,35 +293,51 @@ class Target:
         """Say it, then read on until the source has closed: an early close would destroy the message."""
         with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError, OSError):
             with trio.move_on_after(5):
-                await _send(stream, reply)
+                await send_reply(stream, reply)
                 while await stream.receive_some(_RECEIVE_BYTES):
                     pass
 
-    async def _receive_export(self, peer: str, stream: trio.abc.Stream) -> None:
-        source = _Source(stream)
+    async def _receive_export(self, options: calls.ExportOptions, peer: str, stream: trio.abc.Stream) -> None:
+        source = Source(stream)
         with trio.fail_after(HEADER_SECONDS_MAX):
             header = await source.next_event()
         if not isinstance(header, ExportHeader):
             raise StreamError("the stream ends before its header")
-        async with _signs_of_life(source), self._turn(header.vm, header.point):
-            incoming = await self._thread(self._repository.receive, header, source.decoder.opening)
+        async with signs_of_life(source), self._turn(header.vm, header.point) as turn:
+            incoming = await self._thread(
+                partial(self._repository.receive, header, source.decoder.opening, resume=options.resume)
+            )
             if isinstance(incoming, Manifest):
                 log.info("export.known", peer=peer, vm=header.vm, point=header.point)
                 reply = Committed(incoming.point, incoming.source_digest)
             else:
-                try:
-                    manifest = await self._take(source, incoming)
-                finally:
-                    with trio.move_on_after(CLEAN_UP_SECONDS_MAX, shield=True):
-                        await self._thread(incoming.discard)
+                manifest = await self._take_whole(source, incoming, turn)
                 reply = Committed(manifest.point, manifest.source_digest)
         await self._say_last(stream, reply)
 
-    async def _take(self, source: "_Source", incoming: Incoming) -> Manifest:
+    async def _take_whole(self, source: Source, incoming: Incoming, turn: _Receiving) -> Manifest:
+        """As ``_take``; leaves nothing but the point, or what its source can go on with."""
+        let_go = incoming.discard
+        try:
+            return await self._take(source, incoming, turn)
+        except (BaseExceptionGroup, *_INTERRUPTED) as error:
+            if not turn.unwanted and isinstance(leaf_of(error), _INTERRUPTED):
+                let_go = incoming.suspend
+            raise
+        finally:
+            with trio.move_on_after(CLEAN_UP_SECONDS_MAX, shield=True):
+                await self._thread(let_go)
+
+    async def _take(self, source: Source, incoming: Incoming, turn: _Receiving) -> Manifest:
         header = incoming.header
-        log.info("export.began", vm=header.vm, point=header.point, base=header.base)
+        log.info("export.began", vm=header.vm, point=header.point, base=header.base, known=incoming.taken)
+        known = incoming.known()
+        while (packed := await self._thread(next, known, None)) is not None:
+            source.decoder.known(packed)
+            await source.say(Have(packed))
         await source.say(Ready(WINDOW_BYTES))
         trailer = await self._take_frames(source, incoming)
+        turn.committing = True
         manifest = await self._thread(
             lambda: incoming.commit(
                 trailer,
@@ -298,20 +350,32 @@ class Target:
         log.info("backup.committed", vm=header.vm, point=header.point, base=header.base, kind=header.kind)
         return manifest
 
-    async def _take_frames(self, source: "_Source", incoming: Incoming) -> Trailer:
+    async def _take_frames(self, source: Source, incoming: Incoming) -> Trailer:
         """Receive and write side by side; the window and the buffers bound what is in memory."""
 
         async def acknowledge() -> None:
             await source.say(Ack(incoming.taken, incoming.durable))
 
+        async def keep() -> None:
+            while True:
+                await trio.sleep(DURABLE_SECONDS)
+                snapshot = await self._thread(incoming.snapshot)
+                if snapshot is not None:
+                    await self._thread(incoming.keep, snapshot)
+                    await acknowledge()
+
         with BulkSocket(source.stream) as bulk:
-            return await receive_frames(
-                FrameReceiver(bulk, source.decoder, source.decoder.take_rest() + bulk.take_rest()),
-                incoming.batch,
-                acknowledge,
-                threads=self._threads,
-                idle_seconds_max=IDLE_SECONDS_MAX,
-            )
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(keep)
+                trailer = await receive_frames(
+                    FrameReceiver(bulk, source.decoder, source.decoder.take_rest() + bulk.take_rest()),
+                    incoming.batch,
+                    acknowledge,
+                    threads=self._threads,
+                    idle_seconds_max=IDLE_SECONDS_MAX,
+                )
+                nursery.cancel_scope.cancel(reason="everything has come")
+            return trailer
 
     # --- restores ----------------------------------------------------------------------------------
 
@@ -352,6 +416,10 @@ class Target:
                 await _send_bytes(stream, part)
             await _send_bytes(stream, encoder.finish())
 
+    async def _audit(self, params: calls.PointName, _peer: str, stream: trio.abc.Stream) -> None:
+        async with self._reading:
+            await answer_audit(self._opened(params.vm, params.point), stream, self._thread)
+
     async def _serve(self, request: calls.ServeRequest, call: Call) -> calls.Nothing:
         """Until the caller goes, which cancels this; the NBD connections end with it."""
         listen = Address.parse(request.nbd)
@@ -383,51 +451,6 @@ async def _send_bytes(stream: trio.abc.Stream, data: bytes) -> None:
         await stream.send_all(data)
 
 
-async def _send(stream: trio.abc.Stream, reply: Reply) -> None:
-    with trio.fail_after(SEND_SECONDS_MAX):
-        await stream.send_all(frame_reply(encode_reply(reply)))
-
-
-@asynccontextmanager
-async def _signs_of_life(source: "_Source") -> AsyncIterator[None]:
-    """Tell the source regularly that its export is being worked on, however slow the disk is. A source
-    that has gone does not stop a commit: it settles the point later (B3)."""
-
-    async def tell() -> None:
-        with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError):
-            while True:
-                await trio.sleep(WORKING_SECONDS)
-                await source.say(Working())
-
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(tell)
-        yield
-        nursery.cancel_scope.cancel(reason="done")
-
-
-class _Source:
-    """The decoder and the stream that feeds it."""
-
-    def __init__(self, stream: trio.abc.Stream) -> None:
-        self.stream = stream
-        self.decoder = StreamDecoder()
-        self._speaking = trio.Lock()
-
-    async def say(self, reply: Reply) -> None:
-        """One message to the source."""
-        async with self._speaking:
-            await _send(self.stream, reply)
-
-    async def next_event(self) -> ExportHeader | Frame | Trailer | None:
-        """None at the end of the stream."""
-        while (event := self.decoder.next_event()) is None:
-            data = await self.stream.receive_some(_RECEIVE_BYTES)
-            if not data:
-                return None
-            self.decoder.feed(data)
-        return event
-
-
 async def run_target(
     root: Path,
     listen: Address,
@@ -438,9 +461,11 @@ async def run_target(
     """Serve until cancelled. Raises OperatorError for a root or an address that cannot be had."""
     with open_repository(root) as repository:
         registry = Registry()
-        Target(repository).register(registry)
+        target = Target(repository)
+        target.register(registry)
         async with trio.open_nursery() as nursery:
             address = await nursery.start(_serve, registry, listen, keys)
+            nursery.start_soon(target.sweep)
             await ready(address)
 
 

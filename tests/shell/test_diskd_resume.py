@@ -1,0 +1,253 @@
+"""A backup goes on by itself after a cut link or a stopped target; nothing durable is sent twice."""
+
+import contextlib
+
+import pytest
+import trio
+from diskd_frozen import MemoryLibrary
+from diskd_target import RaisesLeaf, start_target, stream_of
+
+from daemonkit.diskd_api import BackupDisk, BackupRequest
+from daemonkit.frames import FrameReader
+from daemonkit.ports import Address
+from daemonkit.rpc import connect
+from daemonkit.units import SECOND
+from diskd.core import target_calls as calls
+from diskd.core.patience import PAUSE_NS_MAX, PAUSE_NS_MIN, Patience
+from diskd.core.stream import (
+    FRAME,
+    Ack,
+    Committed,
+    ExportHeader,
+    Frame,
+    Have,
+    Ready,
+    RefusedReply,
+    Working,
+    decode_reply,
+)
+from diskd.shell.backup import run_backup
+from diskd.shell.export import TargetLost
+from diskd.shell.repository import open_repository
+
+MiB = 1 << 20
+DISKS = [BackupDisk("system", "system"), BackupDisk("journal", "journal")]
+
+
+@pytest.fixture
+def library():
+    library = MemoryLibrary(system=24 * MiB, journal=2 * MiB)
+    library.images["system"].write(0, bytes(range(256)) * 4096 * 20)
+    library.images["journal"].write(MiB, b"j" * MiB)
+    return library
+
+
+class CuttingProxy:
+    """Forwards; a connection that has carried its share of bytes to the target is cut."""
+
+    def __init__(self, target, shares):
+        self.target, self.shares = target, list(shares)
+        self.carried = []
+
+    async def serve(self, nursery):
+        listeners = await nursery.start(trio.serve_tcp, self._handle, 0)
+        return Address("127.0.0.1", listeners[0].socket.getsockname()[1])
+
+    async def _handle(self, client):
+        try:
+            server = await trio.open_tcp_stream(self.target.host, self.target.port)
+        except OSError:
+            return
+        number = len(self.carried)
+        self.carried.append(0)
+        async with server, trio.open_nursery() as both:
+
+            async def forward(source, sink, counted):
+                with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+                    async for data in source:
+                        await sink.send_all(data)
+                        if counted:
+                            self.carried[number] += len(data)
+                            if self.shares and self.carried[number] >= self.shares[0]:
+                                self.shares.pop(0)
+                                break
+                both.cancel_scope.cancel()
+
+            both.start_soon(forward, client, server, True)
+            both.start_soon(forward, server, client, False)
+
+
+async def backup(library, address, *, retry_for=60, report=None):
+    async def silent(_progress):
+        await trio.lowlevel.checkpoint()
+
+    request = BackupRequest("web", DISKS, "", str(address), retry_for_ns=retry_for * SECOND)
+    with trio.fail_after(60):
+        return await run_backup(library, request, report=report or silent, key=None)
+
+
+def check(root, library, point):
+    with open_repository(root) as repository:
+        assert repository.verify("web", point, lambda: None).problems == []
+        with repository.open("web", point) as opened:
+            for name, disk in library.images.items():
+                assert opened.views[name].read(0, len(disk.data)) == bytes(disk.data)
+
+
+async def test_a_link_that_is_cut_again_and_again_lets_the_backup_through(tmp_path, library, nursery):
+    address, stop = await start_target(nursery, tmp_path)
+    proxy = CuttingProxy(address, [6 * MiB, 5 * MiB, 7 * MiB])
+    steps = []
+
+    async def report(progress):
+        await trio.lowlevel.checkpoint()
+        steps.append(progress["step"])
+
+    done = await backup(library, await proxy.serve(nursery), report=report)
+    assert proxy.shares == []
+    assert steps.count("interrupted") == 3
+    # What was on its way at a cut is all that goes twice: not more than the window of each.
+    assert sum(proxy.carried) < 21 * MiB + 3 * 17 * MiB
+    assert library.ended == [(done.point, "keep")]
+    assert [disk.sent_bytes for disk in done.disks] == [20 * MiB, MiB]
+    await stop()
+    check(tmp_path, library, done.point)
+
+
+async def test_a_target_that_is_stopped_and_started_again_is_gone_on_with(tmp_path, library, nursery):
+    address, stop = await start_target(nursery, tmp_path)
+    proxy = CuttingProxy(address, [8 * MiB])
+    stopped = []
+
+    async def report(progress):
+        await trio.lowlevel.checkpoint()
+        if progress["step"] == "interrupted" and not stopped:
+            stopped.append(True)
+            await stop()
+            left = [path.name for path in (tmp_path / "web").iterdir()]
+            assert [name.startswith(".incoming-rp-") for name in left] == [True]
+            proxy.target, stopped[0] = await start_target(nursery, tmp_path)
+
+    done = await backup(library, await proxy.serve(nursery), report=report)
+    assert stopped
+    await stopped[0]()
+    check(tmp_path, library, done.point)
+
+
+async def test_a_target_that_stays_away_ends_the_backup_in_time(tmp_path, library, nursery):
+    address, stop = await start_target(nursery, tmp_path)
+    proxy = CuttingProxy(address, [8 * MiB])
+
+    async def report(progress):
+        await trio.lowlevel.checkpoint()
+        if progress["step"] == "interrupted":
+            await stop()
+
+    with RaisesLeaf(Exception):  # The last attempt's own reason: refused, or closed without a greeting.
+        await backup(library, await proxy.serve(nursery), retry_for=1, report=report)
+    assert [outcome for _, outcome in library.ended] == ["discard"]
+
+
+async def test_without_patience_a_cut_link_is_the_end(tmp_path, library, nursery):
+    address, _ = await start_target(nursery, tmp_path)
+    proxy = CuttingProxy(address, [8 * MiB])
+    with RaisesLeaf(TargetLost):
+        await backup(library, await proxy.serve(nursery), retry_for=0)
+    # The next backup cuts anew, and leaves nothing of the first.
+    done = await backup(library, address)
+    assert [path.name for path in (tmp_path / "web").iterdir()] == [done.point]
+
+
+async def test_a_disk_that_fails_is_not_tried_again(tmp_path, library, nursery):
+    address, _ = await start_target(nursery, tmp_path)
+
+    def break_disk(frozen):
+        frozen.disks["system"].fail_reads_at = 9 * MiB
+
+    library.before_send = break_disk
+    with RaisesLeaf(OSError, "no longer valid"):
+        await backup(library, address)
+
+
+class Peer:
+    """A source by hand."""
+
+    def __init__(self, stream):
+        self.stream, self.reader = stream, FrameReader()
+
+    async def reply(self):
+        while True:
+            while (payload := self.reader.next_frame()) is None:
+                data = await self.stream.receive_some(65536)
+                assert data, "closed"
+                self.reader.feed(data)
+            if not isinstance(found := decode_reply(payload), Working):
+                return found
+
+
+async def exported(library):
+    frozen = await library.begin_checkpoint("web", DISKS, "")
+    await frozen.end("keep")
+    return stream_of(frozen)
+
+
+async def test_a_second_connection_for_the_same_point_takes_over(tmp_path, library, nursery):
+    """The first one's link may be dead without anybody having noticed."""
+    address, stop = await start_target(nursery, tmp_path)
+    data, events, opening = await exported(library)
+    frames = [event for event in events if isinstance(event, Frame)]
+    half = len(opening) + sum(FRAME.size + len(frame.data) for frame in frames[:9])
+    with trio.fail_after(30):
+        async with connect(address) as first, connect(address) as second:
+            one = Peer(await first.open_stream(calls.EXPORT, calls.ExportOptions()))
+            await one.stream.send_all(data[:half])
+            assert isinstance(await one.reply(), Ready)
+            while not isinstance(ack := await one.reply(), Ack) or ack.taken < 9:
+                pass
+            two = Peer(await second.open_stream(calls.EXPORT, calls.ExportOptions(resume=True)))
+            await two.stream.send_all(opening)
+            have = await two.reply()
+            assert have == Have(b"".join(frame.header.pack() for frame in frames[:9]))
+            assert isinstance(await two.reply(), Ready)
+            assert isinstance(await one.reply(), RefusedReply)
+            await two.stream.send_all(data[half:])
+            while isinstance(last := await two.reply(), Ack):
+                assert last.taken >= 9
+            assert isinstance(last, Committed)
+    header = events[0]
+    assert isinstance(header, ExportHeader)
+    await stop()
+    check(tmp_path, library, header.point)
+
+
+async def test_settling_an_interrupted_point_ends_it_for_good(tmp_path, library, nursery):
+    address, _ = await start_target(nursery, tmp_path)
+    data, events, _ = await exported(library)
+    with trio.fail_after(30):
+        async with connect(address) as client:
+            peer = Peer(await client.open_stream(calls.EXPORT, calls.ExportOptions()))
+            await peer.stream.send_all(data[: 10 * MiB])
+            while not isinstance(await peer.reply(), Ack):
+                pass
+        async with connect(address) as client:
+            while not (offered := await client.call(calls.POINTS_OFFERED, calls.VmName("web"))).unfinished:
+                pass
+            assert offered.unfinished == {events[0].point: None}
+            assert offered.points == []
+            report = await client.call(calls.SETTLE, calls.PointName("web", events[0].point))
+            assert not report.committed
+            offered = await client.call(calls.POINTS_OFFERED, calls.VmName("web"))
+            assert offered.unfinished == {}
+
+
+def test_patience_counts_from_the_loss_and_begins_anew_with_every_gain():
+    patience = Patience(60 * SECOND)
+    assert patience.lost(0, 0) == PAUSE_NS_MIN
+    assert patience.lost(10 * SECOND, 0) == 2 * PAUSE_NS_MIN
+    assert patience.lost(59 * SECOND, 0) == SECOND
+    assert patience.lost(60 * SECOND, 0) is None
+    assert patience.lost(61 * SECOND, 1) == PAUSE_NS_MIN
+    for _ in range(10):
+        assert (patience.lost(62 * SECOND, 1) or 0) <= PAUSE_NS_MAX
+    assert patience.lost(121 * SECOND, 1) is None
+    assert Patience(0).lost(0, 0) is None
