@@ -1,11 +1,25 @@
 """Network addresses as text, and the ports through which pure code meets the outside world."""
 
+import errno
 import ipaddress
 from typing import Protocol
 
 import attrs
 
 from daemonkit.errors import OperatorError
+
+_LISTEN_REMEDIES = {
+    errno.EADDRINUSE: "another process listens there (ss -ltnp tells which): end it, or choose another port",
+    errno.EADDRNOTAVAIL: "this host has no such address (ip address tells which it has)",
+    errno.EACCES: "ports below 1024 are kept for root: choose a higher one",
+}
+
+
+def listening_failed(address: object, error: OSError) -> OperatorError:
+    """Why an address cannot be listened on, and what to do about it."""
+    remedy = _LISTEN_REMEDIES.get(error.errno or 0)
+    reason = error.strerror or str(error)
+    return OperatorError(f"cannot listen on {address}: {reason}{': ' + remedy if remedy else ''}")
 
 
 class Clock(Protocol):

@@ -35,7 +35,7 @@ from daemonkit.codec import decode, encode
 from daemonkit.errors import HoldfastError, InvariantBroken, OperatorError, ProtocolError
 from daemonkit.frames import FrameReader, frame
 from daemonkit.methods import Method
-from daemonkit.ports import Address
+from daemonkit.ports import Address, listening_failed
 from daemonkit.schema import SchemaError, structure, unstructure
 
 P = TypeVar("P")
@@ -348,7 +348,7 @@ async def serve(
     try:
         listeners = await trio.open_tcp_listeners(address.port, host=address.host)
     except OSError as error:
-        raise OperatorError(f"cannot listen on {address}: {error.strerror or error}") from error
+        raise listening_failed(address, error) from error
     slots = trio.Semaphore(CONNECTIONS_MAX)
 
     async def accept(stream: trio.SocketStream) -> None:

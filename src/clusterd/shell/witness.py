@@ -55,7 +55,7 @@ from clusterd.core.witness_wire import (
 )
 from daemonkit.durable import lock_file
 from daemonkit.errors import OperatorError
-from daemonkit.ports import Address
+from daemonkit.ports import Address, listening_failed
 from daemonkit.service import notify_stopping
 from daemonkit.units import MILLISECOND, SECOND
 
@@ -330,7 +330,7 @@ def _bind(listen: Address) -> socket.socket:
             bound.close()
             raise
     except OSError as error:
-        raise OperatorError(f"cannot listen on {listen}: {error.strerror or error}") from error
+        raise listening_failed(listen, error) from error
     return bound
 
 

@@ -27,9 +27,11 @@ from diskd.shell.audit import register_audit
 from diskd.shell.backup import register_backup
 from diskd.shell.control import Control, Listening
 from diskd.shell.copies import register_copies
+from diskd.shell.image_settings import ImageSettings
 from diskd.shell.library import Library, open_library
 from diskd.shell.nbd_server import NbdServer
 from diskd.shell.restored_images import register_restore
+from diskd.shell.startup import check_surroundings
 
 # Far above what 64 hosts need; a bound all the same, since some kernels pay for each possible one.
 _FILES_MAX: Final = 65536
@@ -53,6 +55,9 @@ class Listen:
 async def run_daemon(root: Path, settings: Settings, listen: Listen, keys: Sequence[bytes]) -> None:
     """Serve ``root`` until SIGTERM or SIGINT. Raises OperatorError for what cannot be served."""
     _raise_file_limit()
+    chosen = settings.library().shared_dir
+    shared_dir = Path(chosen) if chosen is not None else ImageSettings().shared_dir
+    await trio.to_thread.run_sync(check_surroundings, root, shared_dir)
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async with open_library(root, settings.library()) as library:
             await _serve(library, root, settings, listen, keys, signals)

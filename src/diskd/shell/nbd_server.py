@@ -16,7 +16,7 @@ import structlog
 import trio
 
 from daemonkit.errors import InvariantBroken, OperatorError
-from daemonkit.ports import Address
+from daemonkit.ports import Address, listening_failed
 from diskd.core.ports import ExportCatalog
 from diskd.shell.nbd_connection import DROP_SECONDS_MAX, Connection
 from diskd.shell.nbd_linger import Company
@@ -57,7 +57,7 @@ class NbdServer:
         try:
             listeners = await trio.open_tcp_listeners(address.port, host=address.host)
         except OSError as error:
-            raise OperatorError(f"cannot listen on {address}: {error.strerror or error}") from error
+            raise listening_failed(address, error) from error
         task_status.started(Address(address.host, listeners[0].socket.getsockname()[1]))
         await trio.serve_listeners(self._accept, listeners, handler_nursery=outliving)
 
