@@ -3,6 +3,7 @@
 import random
 from contextlib import asynccontextmanager
 from pathlib import Path
+from uuid import UUID, uuid4
 
 import attrs
 import pytest
@@ -13,8 +14,10 @@ from daemonkit.units import KiB, MiB
 from diskd.core import checkpoint
 from diskd.core.inventory import LibrarySettings
 from diskd.errors import Refused
+from diskd.shell import live_map
 from diskd.shell.image import ImageSettings
 from diskd.shell.library import Library, open_library
+from diskd.shell.live_map import LiveMap
 
 BLOCK = 4096
 SIZE = 4 * MiB
@@ -220,6 +223,21 @@ async def test_a_damaged_avhd_refuses_the_image(tmp_path, name):
         with pytest.raises(Refused):
             await library.open_image("a")
         assert next(iter(library.names())) == "b"
+
+
+async def test_a_map_in_shared_memory_that_no_head_names_goes_with_the_next_opening(tmp_path):
+    """A kill between its making and the head's, or between the next head and its removal."""
+    async with doomed(tmp_path) as library:
+        info = await library.create_image("a", SIZE)
+        await library.begin_checkpoint("web", DISKS, "", held_by="hand")
+        [in_use] = shared(tmp_path).glob("*.avhd")
+        image, other = UUID(info.uuid), uuid4()
+        for whose in (image, other):
+            LiveMap.create(shared(tmp_path), live_map.new_nonce(whose), bytes(16), "boot").abandon()
+    async with doomed(tmp_path) as library:
+        left = list(shared(tmp_path).glob("*.avhd"))
+        assert len(left) == 2 and in_use not in left, "renewed; the other image's is not ours to remove"
+        assert sum(path.name.startswith(f"holdfast-{other.hex}") for path in left) == 1
 
 
 async def test_a_torn_checkpoint_never_happened(tmp_path):

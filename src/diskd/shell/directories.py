@@ -9,7 +9,7 @@ import structlog
 
 from daemonkit import durable
 from daemonkit.errors import HoldfastError
-from diskd.core import avhd, lease
+from diskd.core import lease
 from diskd.core.geometry import IMAGE_TOML, RAW, Identity, decode_identity
 from diskd.core.inventory import NAME_PATTERN, ImageInfo, OwnerInfo
 from diskd.core.lease import LeaseState
@@ -131,6 +131,4 @@ def forget_shared(directory: Path, shared_dir: Path) -> None:
     with contextlib.suppress(OSError, HoldfastError):
         identity = decode_identity(durable.read_small_file(directory / IMAGE_TOML))
         SharedDirectory(shared_dir, identity.uuid).remove_all()
-    with contextlib.suppress(OSError, HoldfastError):
-        head = avhd.decode_head(durable.read_small_file(directory / avhd.HEAD_FILE))
-        live_map.forget(shared_dir, head.live_nonce)
+        live_map.forget_others(shared_dir, identity.uuid, None)

@@ -35,7 +35,7 @@ class Forks:
             image.image.size_bytes,
             image.image.block_bytes,
             secrets.token_hex(8),
-            secrets.token_hex(16),
+            live_map.new_nonce(image.image.uuid),
         )
         (image.image.directory / avhd.DIRECTORY).mkdir(exist_ok=True)
         nothing = bytes(avhd.cell_bytes(head.blocks))
@@ -63,7 +63,7 @@ class Forks:
             raise Damaged(f"image {image.name}: its AVHD belongs to another image")
         cells = await image.files.run(avhd.load_cells(head))
         mapped = live_map.recover(self.shared_dir, head.live_nonce, len(cells), self.boot_id)
-        nonce = secrets.token_hex(16)
+        nonce = live_map.new_nonce(image.image.uuid)
         live = await self._live(nonce, mapped or cells)
         try:
             states = await _states(head, live)
@@ -80,7 +80,7 @@ class Forks:
                 live = LiveMap.reopen(self.shared_dir, head.live_nonce, len(cells))
                 states = await _states(head, live)
             else:
-                live_map.forget(self.shared_dir, head.live_nonce)
+                live_map.forget_others(self.shared_dir, image.image.uuid, nonce)
             return self._overlay(image, states, live, invalidate)
         except BaseException:
             live.close()

@@ -10,13 +10,13 @@ import attrs
 
 from daemonkit import durable
 from daemonkit.units import format_size
-from diskd.core import interval, mrt, recovery, resize
+from diskd.core import avhd, interval, mrt, recovery, resize
 from diskd.core.geometry import IMAGE_TOML, RAW, Identity, decode_identity, encode_identity
 from diskd.core.points import Catalogue
 from diskd.core.recovery import Recovered
 from diskd.core.steps import Script, Sync, Truncate
 from diskd.errors import Damaged, Refused
-from diskd.shell import qemu_locks
+from diskd.shell import live_map, qemu_locks
 from diskd.shell.files import Files
 from diskd.shell.image_settings import ImageSettings
 from diskd.shell.raw_layer import now_ns
@@ -138,6 +138,8 @@ def _recover(
     recovered = files.run_blocking(recovery.recover(identity, around))
     shared.remove_others(recovered.area.nonce)
     _remove_orphans(directory, recovered.catalogue)
+    if not (directory / avhd.HEAD_FILE).exists():
+        live_map.forget_others(settings.shared_dir, identity.uuid, None)
     return recovered
 
 

@@ -11,11 +11,15 @@ SIGBUS). It is believed only under the same boot, and only the file that ``check
 import contextlib
 import mmap
 import os
+import secrets
 from pathlib import Path
 from typing import Final
+from uuid import UUID
 
 from diskd.errors import Refused
 
+_PREFIX: Final = "holdfast-"
+_SUFFIX: Final = ".avhd"
 _HEADER_BYTES: Final = 64
 _MAGIC: Final = b"HFLIVE01"
 
@@ -88,14 +92,21 @@ def recover(directory: Path, nonce: str, cell_bytes: int, boot_id: str) -> bytes
     return data[_HEADER_BYTES:]
 
 
-def forget(directory: Path, nonce: str) -> None:
-    """Remove the file of that name; absent is fine."""
-    with contextlib.suppress(OSError):
-        os.unlink(_path(directory, nonce))
+def new_nonce(image: UUID) -> str:
+    """A name for another mapped copy of an image's map, which tells whose it is."""
+    return f"{image.hex}{secrets.token_hex(16)}"
+
+
+def forget_others(directory: Path, image: UUID, keep: str | None) -> None:
+    """Remove what a killed daemon had made before a head named it, or not yet removed after."""
+    for path in directory.glob(f"{_PREFIX}{image.hex}*{_SUFFIX}"):
+        if keep is None or path != _path(directory, keep):
+            with contextlib.suppress(OSError):
+                path.unlink()
 
 
 def _path(directory: Path, nonce: str) -> Path:
-    return directory / f"holdfast-{nonce}.avhd"
+    return directory / f"{_PREFIX}{nonce}{_SUFFIX}"
 
 
 def _header(boot_id: str) -> bytes:
