@@ -302,7 +302,8 @@ class Connection:
         self._session.export_refused(reply, message)
         if wanted.is_open:
             self.reason = message
-            log.info("nbd.refused", peer=self._peer, export=wanted.name[:80], reason=message)
+            # The catalog says it, seldom: who is refused may knock for ever.
+            log.debug("nbd.refused", peer=self._peer, export=wanted.name[:80], reason=message)
 
     # --- transmission
 

@@ -106,7 +106,8 @@ class NbdServer:
                 self._connections.discard(connection)
                 self._changed.set()
                 self._changed = trio.Event()
-                log.info("nbd.closed", peer=peer, export=connection.name, reason=connection.reason)
+                say = log.info if connection.name else log.debug
+                say("nbd.closed", peer=peer, export=connection.name, reason=connection.reason)
 
     async def drain(self, reason: str) -> None:
         """Drop all connections and wait until they have ended; bounded by their own limit."""

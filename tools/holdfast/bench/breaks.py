@@ -95,6 +95,85 @@ BREAKS: tuple[Break, ...] = (
         ("tests/core/test_diskd_lease.py",),
     ),
     Break(
+        "held-lock-overruled",
+        "S1",
+        "an image is opened although another daemon holds its lock",
+        "src/diskd/core/ownership.py",
+        "    if not lock_is_free:\n",
+        "    if False:\n",
+        ("tests/core/test_diskd_ownership.py",),
+    ),
+    Break(
+        "other-host-believed-dead",
+        "S1",
+        "an image of another host's daemon is taken over without anybody's word that the host is fenced",
+        "src/diskd/core/ownership.py",
+        '("other_host", "open"): "refuse_other_host",',
+        '("other_host", "open"): "open",',
+        ("tests/core/test_diskd_ownership.py",),
+    ),
+    Break(
+        "owner-record-overwritten",
+        "S1",
+        "of two daemons that take an image at once, both believe that they have it",
+        "src/diskd/core/ownership.py",
+        "            yield Create(name, encode(owner))\n",
+        "            yield Remove(name)\n            yield Create(name, encode(owner))\n",
+        ("tests/core/test_diskd_ownership.py",),
+    ),
+    Break(
+        "slept-through-takeovers",
+        "S1",
+        "a daemon that slept while others took an image believes its old number",
+        "src/diskd/core/ownership.py",
+        "        if numbers[-1] != owner.number:\n",
+        "        if False:\n",
+        ("tests/core/test_diskd_ownership.py",),
+    ),
+    Break(
+        "lost-image-answers",
+        "S1",
+        "a daemon that has lost an image answers a change of its lease",
+        "src/diskd/core/lease.py",
+        """    owner = yield from ownership.check(owner)
+    new = yield from change(state, decision, epoch, holder)
+    if new is not state:
+        owner = yield from ownership.note_lease(owner, new.sequence, new.epoch)
+""",
+        "    new = yield from change(state, decision, epoch, holder)\n",
+        ("tests/core/test_diskd_ownership.py", "tests/shell/test_diskd_owners.py"),
+    ),
+    Break(
+        "older-lease-believed",
+        "S1",
+        "an older copy of the lease file, put back, brings an ended epoch back",
+        "src/diskd/core/ownership.py",
+        "    if sequence < owner.lease_sequence or epoch < owner.lease_epoch:\n",
+        "    if False:\n",
+        ("tests/core/test_diskd_ownership.py", "tests/shell/test_diskd_owners.py"),
+    ),
+    Break(
+        "submitted-not-awaited",
+        "S1",
+        "a lease is answered while a write of an older epoch may still land",
+        "src/diskd/shell/open_image.py",
+        """                if session.writer is not None:
+                    await self.image.drain(session.writer)
+                self._sessions.remove(session)
+""",
+        "                self._sessions.remove(session)\n",
+        ("tests/shell/test_diskd_lease_races.py",),
+    ),
+    Break(
+        "half-moved-checkpoint-merged",
+        "B1",
+        "an image is merged under a frozen view whose other image is with another daemon",
+        "src/diskd/shell/checkpoint_recovery.py",
+        "if overlay is None or overlay.merge is not None or self.waits(image):",
+        "if overlay is None or overlay.merge is not None:",
+        ("tests/shell/test_diskd_owners.py",),
+    ),
+    Break(
         "mark-after-write",
         "T1",
         "data reaches the image before its region is durably open",
