@@ -57,7 +57,7 @@ class Target:
         self.name, self.points, self.files = name, {}, {}
 
     def restore(self, point):
-        """As `target restore` reads: the newest file of the chain that has a block, within its disk's size."""
+        """As `target restore` reads: the newest file of the chain that has a block, within its size."""
         found = {}
         chain = chain_of(self.points, point)
         for disk in chain[0].disks:
@@ -84,7 +84,7 @@ class Source:
     """One VM: its disks, and its points that wait for a target's word (B3)."""
 
     def __init__(self):
-        self.images = {name: Image(name) for name in ("a", "b", "c")}
+        self.images = {name: Image(name) for name in ("a", "b")}
         self.disks = {"one": "a"}
         self.pending = {}  # point -> target
 
@@ -186,40 +186,37 @@ class World:
             assert all(is_restorable(target.points, p.point) for p in offered(target.points))
 
 
-COUNTS = st.integers(0, 3)
-ACTIONS = st.one_of(
-    st.tuples(st.just("write"), COUNTS, st.sampled_from("abc"), st.integers(0, 11), st.integers(1, 99)),
-    st.tuples(st.just("write"), COUNTS, st.sampled_from("abc"), st.integers(0, 11), st.integers(1, 99)),
-    st.tuples(st.just("resize"), COUNTS, st.sampled_from("abc"), st.integers(1, 12)),
-    st.tuples(
-        st.just("disks"),
-        COUNTS,
-        st.sampled_from([{"one": "a"}, {"one": "a", "two": "b"}, {"one": "b", "two": "a"}, {"two": "c"}]),
-    ),
-    st.tuples(
-        st.just("backup"),
-        COUNTS,
-        COUNTS,
-        st.sampled_from(["auto", "auto", "auto", "full", "since"]),
-        st.integers(1, 12),
-        st.sampled_from(["kept", "kept", "kept", "unacknowledged", "failed"]),
-    ),
-    st.tuples(
-        st.just("backup"), COUNTS, COUNTS, st.just("auto"), st.just(1), st.sampled_from(["kept", "failed"])
-    ),
-    st.tuples(st.just("prune"), COUNTS, st.integers(1, 3), st.integers(0, 8)),
-    st.tuples(st.just("synthesize"), COUNTS, st.integers(1, 12)),
-    st.tuples(st.just("source_loses"), COUNTS, st.integers(1, 12)),
-    st.tuples(st.just("target_loses"), COUNTS, st.integers(1, 12)),
+# Mostly one source and one target: what needs a history of several steps should not be rare.
+WHO = st.sampled_from([0, 0, 0, 0, 1, 2, 3])
+POINT = st.integers(1, 6)
+LAYOUTS = [{"one": "a"}, {"one": "a", "two": "b"}, {"one": "b", "two": "a"}, {"two": "b"}]
+WRITE = st.tuples(st.just("write"), WHO, st.sampled_from("ab"), st.integers(0, 11), st.integers(1, 99))
+BACKUP = st.tuples(
+    st.just("backup"),
+    WHO,
+    WHO,
+    st.sampled_from(["auto", "auto", "auto", "full", "since"]),
+    POINT,
+    st.sampled_from(["kept", "kept", "kept", "unacknowledged", "failed"]),
 )
+RARE = st.one_of(
+    st.tuples(st.just("resize"), WHO, st.sampled_from("ab"), st.integers(1, 12)),
+    st.tuples(st.just("disks"), WHO, st.sampled_from(LAYOUTS)),
+    st.tuples(st.just("disks"), WHO, st.sampled_from(LAYOUTS[1:3])),
+    st.tuples(st.just("prune"), WHO, st.integers(1, 3), st.integers(0, 8)),
+    st.tuples(st.just("synthesize"), WHO, POINT),
+    st.tuples(st.just("source_loses"), WHO, st.sampled_from("ab"), POINT),
+    st.tuples(st.just("target_loses"), WHO, POINT),
+)
+ACTIONS = st.one_of(WRITE, BACKUP, BACKUP, RARE)
 
 
 def point_name(number):
     return f"rp-{number:016x}"
 
 
-@settings(max_examples=400, deadline=None)
-@given(st.lists(ACTIONS, min_size=1, max_size=40))
+@settings(max_examples=1000, deadline=None)
+@given(st.lists(ACTIONS, min_size=1, max_size=30))
 def test_every_restorable_point_is_what_the_disks_were(actions):
     world = World()
     for verb, who, *rest in actions:
@@ -244,8 +241,7 @@ def test_every_restorable_point_is_what_the_disks_were(actions):
             if point in target.points and is_restorable(target.points, point):
                 target.synthesize(point)
         elif verb == "source_loses":
-            source.forget(point_name(rest[0]))
-            source.pending.pop(point_name(rest[0]), None)
+            source.images[rest[0]].changed.pop(point_name(rest[1]), None)
         elif verb == "target_loses" and point_name(rest[0]) in target.points:
             target.remove(point_name(rest[0]))
             world.lost.add(point_name(rest[0]))
