@@ -32,7 +32,8 @@ from daemonkit.units import (
     parse_size,
     to_seconds,
 )
-from diskd.core.inventory import LibrarySettings
+from diskd.core.inventory import LOW_DISK_LIMIT, LibrarySettings
+from diskd.core.space import Reserve, parse_reserve
 
 NONE: Final = "none"
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", re.ASCII)
@@ -42,7 +43,7 @@ _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", re.ASCII)
 class _Rule:
     """How a setting is written and between which values it makes sense."""
 
-    kind: Literal["duration", "size", "count", "path", "name"]
+    kind: Literal["duration", "size", "count", "path", "name", "space"]
     minimum: int = 0
     maximum: int = 0
     may_be_none: bool = False
@@ -64,6 +65,10 @@ class Settings:
     max_open_bytes: int = _setting(4 * GiB, _Rule("size", 64 * MiB, 1024 * TiB))
     # What an AVHD may take per disk before the backup is given up; none: as much as the file system has.
     avhd_limit: int | None = _setting(None, _Rule("size", MiB, 1024 * TiB, may_be_none=True))
+    # Below it no checkpoint begins, and a running one is given up: a full file system would hurt every guest.
+    low_disk_limit: Reserve | None = _setting(  # noqa: RUF009 - a Reserve is frozen
+        LOW_DISK_LIMIT, _Rule("space", may_be_none=True)
+    )
     # One step of a merge, at most: with the guest at work its steps are of some milliseconds.
     merge_batch: int = _setting(4 * MiB, _Rule("size", 64 * KiB, GiB))
     # The most that a merge moves in a second, per image. It makes way for the guest in any case.
@@ -90,6 +95,7 @@ class Settings:
             avhd_limit_bytes=self.avhd_limit,
             merge_batch_bytes=self.merge_batch,
             merge_rate=self.merge_rate,
+            low_disk_limit=self.low_disk_limit,
             shared_dir=self.shared_dir,
             boot_id_file=self.boot_id_file,
             daemon_name=self.daemon_name,
@@ -114,6 +120,8 @@ def _value(key: str, raw: Any) -> Any:
         if not isinstance(raw, str) or not raw.startswith("/"):
             raise OperatorError(f"setting {key}: {raw!r} is no absolute path")
         return raw
+    if rule.kind == "space":
+        return _reserve(key, raw)
     if rule.kind == "name":
         if not isinstance(raw, str) or _NAME.fullmatch(raw) is None:
             raise OperatorError(
@@ -125,6 +133,13 @@ def _value(key: str, raw: Any) -> Any:
         low, high = _text(rule, rule.minimum), _text(rule, rule.maximum)
         raise OperatorError(f"setting {key}: {_text(rule, value)} is not between {low} and {high}")
     return value
+
+
+def _reserve(key: str, raw: Any) -> Reserve:
+    try:
+        return Reserve(size_bytes=raw) if type(raw) is int and raw >= 0 else parse_reserve(str(raw))
+    except UnitError as error:
+        raise OperatorError(f"setting {key}: {error}") from error
 
 
 def _text(rule: _Rule, value: int) -> str:
@@ -181,5 +196,7 @@ def show_settings(settings: Settings) -> dict[str, Any]:
     for name, field in _FIELDS.items():
         value = getattr(settings, name)
         is_duration = field.metadata["rule"].kind == "duration"
+        if isinstance(value, Reserve):
+            value = value.percent / 100 if value.percent else value.size_bytes
         shown[name] = to_seconds(value) if is_duration else value
     return shown

@@ -1,5 +1,6 @@
 """The AVHD's map: its format refuses damage, its head, and the checkpoint's record and table."""
 
+import errno
 from random import Random
 
 import attrs
@@ -9,6 +10,7 @@ from daemonkit.errors import InvariantBroken
 from diskd.core import avhd, checkpoint
 from diskd.core.avhd import DATA, PARENT, ZERO, AvhdMap, Head
 from diskd.core.checkpoint import Record, RecordDisk, Recovery
+from diskd.core.steps import Allocate, Remove, Replace, Truncate
 from diskd.errors import Damaged, Refused
 from diskd.sim.disk import SimDisk
 
@@ -33,6 +35,29 @@ def test_an_empty_map_is_written_in_full():
     assert (states.entries, states.data_blocks, HEAD.sectors) == (0, 0, 3)
     assert len(disk.peek(avhd.MAP_FILE)) == 3 * 512
     assert all(disk.is_whole(name) for name in (avhd.MAP_FILE, avhd.DATA_FILE, avhd.HEAD_FILE))
+
+
+def test_naming_another_mapped_copy_takes_no_space_and_is_all_or_nothing():
+    disk = made()
+    disk.fail_when = lambda step: errno.ENOSPC if isinstance(step, Replace | Truncate | Allocate) else None
+    renewed = disk.run(avhd.renew(HEAD, "another"))
+    assert renewed.live_nonce == "another" and disk.run(avhd.load_head()) == renewed
+    disk.power_loss()
+    assert disk.run(avhd.load_head()) == renewed
+
+
+def test_a_mapped_copy_that_is_not_named_for_sure_is_not_believed():
+    for place in (0, 5, 12, 20, 139):
+        disk = made()
+        disk.poke(avhd.LIVE_FILE, place, bytes([disk.peek(avhd.LIVE_FILE)[place] ^ 1]))
+        assert disk.run(avhd.load_head()) == attrs.evolve(HEAD, live_nonce="")
+    disk = made()
+    disk.execute(Remove(avhd.LIVE_FILE))
+    found = disk.run(avhd.load_head())
+    assert found == attrs.evolve(HEAD, live_nonce="")
+    disk.run(avhd.renew(found, "again"))
+    named = disk.run(avhd.load_head())
+    assert named is not None and named.live_nonce == "again"
 
 
 def test_what_is_flushed_is_read_back():
@@ -162,8 +187,8 @@ def test_what_is_not_in_the_table():
     [
         ("preparing", "backup", False, Recovery("discard", False)),
         ("preparing", "hand", True, Recovery("discard", False)),
-        ("sealed", "backup", False, Recovery("pending", False)),  # its target may have committed (B3)
-        ("sealed", "backup", True, Recovery("pending", False)),
+        ("sealed", "backup", False, Recovery("pending", False)),
+        ("sealed", "backup", True, Recovery("pending", False)),  # its target may have committed (B3)
         ("sealed", "hand", False, Recovery(None, True)),
         ("sealed", "hand", True, Recovery("discard", False)),
         ("ending", "backup", False, Recovery(None, False)),

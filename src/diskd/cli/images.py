@@ -10,7 +10,7 @@ from daemonkit.diskd_api import IMAGE_DELETE, DeleteImage, ImageName
 from daemonkit.units import format_size
 from diskd.cli.calling import SECONDS_UNBOUNDED, Diskd, json_option, pass_diskd, print_table
 from diskd.core import calls
-from diskd.core.inventory import ImageInfo, OwnerInfo
+from diskd.core.inventory import ImageInfo, OwnerInfo, SpaceInfo
 
 
 @click.group()
@@ -36,6 +36,16 @@ def document(info: ImageInfo) -> dict[str, Any]:
         "merge_remaining": info.merge_remaining_bytes,
         "points": info.points,
         "owner": None if info.owner is None else _owner(info.owner),
+        "space": None if info.space is None else _space(info.space),
+    }
+
+
+def _space(space: SpaceInfo) -> dict[str, Any]:
+    return {
+        "free": space.free_bytes,
+        "low_disk_limit": space.low_disk_limit_bytes,
+        "avhd": space.avhd_bytes,
+        "avhd_limit": space.avhd_limit_bytes,
     }
 
 
@@ -57,6 +67,8 @@ def _show(info: ImageInfo, *, as_json: bool) -> None:
     for key, value in document(info).items():
         if value is not None:
             is_size = key in ("size", "block_size", "region_size", "allocated", "merge_remaining")
+            if key == "space":
+                value = {part.replace("_", " "): format_size(size) for part, size in value.items() if size}
             if isinstance(value, dict):
                 value = ", ".join(f"{part} {text}" for part, text in value.items() if text is not None)
             click.echo(f"{key.replace('_', ' '):16} {format_size(value) if is_size else value}")

@@ -12,6 +12,8 @@ synced, then the map's changed sectors are written and synced, then the reply. A
 data it vouches for would, after a power loss, show a hole where an older, flushed block was.
 
     checkpoint/head       whose map this is; written last at the fork, removed first at the end
+    checkpoint/live       which mapped copy may be ahead of the map: one sector, rewritten in place at every
+                          opening, so that an image can be opened on a full disk
     checkpoint/disk.map   sectors of 512 bytes, all written at the fork, so that no later change needs space
     checkpoint/disk.avhd  sparse, as large as the image
 
@@ -46,6 +48,7 @@ ZERO: Final = 2
 
 DIRECTORY: Final = "checkpoint"
 HEAD_FILE: Final = "checkpoint/head"
+LIVE_FILE: Final = "checkpoint/live"
 MAP_FILE: Final = "checkpoint/disk.map"
 DATA_FILE: Final = "checkpoint/disk.avhd"
 PARENT_FILE: Final = "disk.raw"
@@ -55,6 +58,7 @@ _HEADER: Final = struct.Struct(">II8s")
 _CELL_BYTES: Final = SECTOR_BYTES - _HEADER.size
 BLOCKS_PER_SECTOR: Final = _CELL_BYTES * 4
 HEAD_BYTES_MAX: Final = 4096
+LIVE_NONCE_BYTES_MAX: Final = 128
 _CHUNK_SECTORS: Final = 2048  # the map is read and written 1 MiB at a time
 # 2**16 sectors are 32 MiB of map for 512 GiB of image at 4 KiB blocks; far above what one daemon serves.
 SECTORS_MAX: Final = 1 << 22
@@ -68,7 +72,8 @@ Run = tuple[int, int, int]  # first block, count, state
 
 @attrs.frozen
 class Head:
-    """Whose map this is. ``live_nonce`` names the mapped copy (shell/overlay.py) that may be ahead of it."""
+    """Whose map this is. ``live_nonce`` names the mapped copy (shell/live_map.py) that may be ahead of it; a
+    loaded head has the one that ``live`` names. Empty: none is to be believed."""
 
     checkpoint: str
     image_uuid: str
@@ -110,6 +115,22 @@ def decode_head(data: bytes) -> Head:
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise Damaged(f"{HEAD_FILE} is damaged ({error})") from error
     return head
+
+
+def encode_live(head: Head) -> bytes:
+    """The sector that names the mapped copy of this head's map."""
+    body = bytes.fromhex(head.nonce) + head.live_nonce.encode().ljust(LIVE_NONCE_BYTES_MAX, b"\0")
+    return (struct.pack(">I", zlib.crc32(body)) + body).ljust(SECTOR_BYTES, b"\0")
+
+
+def decode_live(head: Head, sector: bytes) -> str:
+    """The mapped copy's nonce, or nothing where the sector is torn: then there was a power loss, and no
+    mapped copy can be of this boot."""
+    body = sector[4 : 12 + LIVE_NONCE_BYTES_MAX]
+    whole = len(sector) == SECTOR_BYTES and struct.unpack(">I", sector[:4])[0] == zlib.crc32(body)
+    if not whole or body[:8] != bytes.fromhex(head.nonce):
+        return ""
+    return body[8:].rstrip(b"\0").decode(errors="replace")
 
 
 def encode_sector(index: int, nonce: str, cells: bytes) -> bytes:
@@ -329,6 +350,9 @@ def create(head: Head) -> Script[None]:
     for start in range(0, head.sectors, _CHUNK_SECTORS):
         chunk = range(start, min(start + _CHUNK_SECTORS, head.sectors))
         yield from _write_sectors((index, encode_sector(index, head.nonce, nothing)) for index in chunk)
+    yield Truncate(LIVE_FILE, SECTOR_BYTES)
+    yield Write(LIVE_FILE, 0, encode_live(head))
+    yield Sync(LIVE_FILE)
     yield Sync(MAP_FILE)
     yield Sync(DATA_FILE)
     yield Replace(HEAD_FILE, encode_head(head))
@@ -341,7 +365,10 @@ def load_head() -> Script[Head | None]:
         return None
     if size > HEAD_BYTES_MAX:
         raise Damaged(f"{HEAD_FILE} is damaged: {size} bytes long")
-    return decode_head((yield Read(HEAD_FILE, 0, HEAD_BYTES_MAX)))
+    head = decode_head((yield Read(HEAD_FILE, 0, HEAD_BYTES_MAX)))
+    if (yield Size(LIVE_FILE)) is None:
+        return attrs.evolve(head, live_nonce="")
+    return attrs.evolve(head, live_nonce=decode_live(head, (yield Read(LIVE_FILE, 0, SECTOR_BYTES))))
 
 
 def load_cells(head: Head) -> Script[bytes]:
@@ -359,9 +386,12 @@ def load_cells(head: Head) -> Script[bytes]:
 
 
 def renew(head: Head, live_nonce: str) -> Script[Head]:
-    """Durably name another mapped copy; the former one is never believed again."""
+    """Durably name another mapped copy; the former one is never believed again. Takes no new space."""
     renewed = attrs.evolve(head, live_nonce=live_nonce)
-    yield Replace(HEAD_FILE, encode_head(renewed))
+    if (yield Size(LIVE_FILE)) is None:
+        yield Truncate(LIVE_FILE, SECTOR_BYTES)
+    yield Write(LIVE_FILE, 0, encode_live(renewed))
+    yield Sync(LIVE_FILE)
     return renewed
 
 
@@ -381,5 +411,6 @@ def flush(sectors: list[tuple[int, bytes]], *, parent: bool) -> Script[None]:
 def remove() -> Script[None]:
     """Forget the AVHD, whose map is all PARENT by now (or never was completed). The head goes first."""
     yield Remove(HEAD_FILE)
+    yield Remove(LIVE_FILE)
     yield Remove(MAP_FILE)
     yield Remove(DATA_FILE)

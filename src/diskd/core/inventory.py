@@ -6,6 +6,7 @@ from typing import Final, Literal
 import attrs
 
 from daemonkit.units import MINUTE, SECOND, GiB, KiB, MiB
+from diskd.core.space import Reserve
 from diskd.errors import Refused
 
 NAME_PATTERN: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}", re.ASCII)
@@ -18,6 +19,9 @@ CONFIG_BYTES_MAX: Final = 256 * KiB
 DISKS_MAX: Final = 64
 # A target names its repository so; ours are 32 hex digits.
 REPOSITORY_ID_LENGTH_MAX: Final = 64
+
+# With less space free no checkpoint stands: a full file system would hurt every guest.
+LOW_DISK_LIMIT: Final = Reserve(percent=1)
 
 Outcome = Literal["keep", "discard", "pending"]
 HeldBy = Literal["backup", "hand"]
@@ -32,6 +36,7 @@ class LibrarySettings:
     max_open_bytes: int = 4 * GiB  # bounds what a power loss over-reports under load
     avhd_limit_bytes: int | None = None  # per disk; None: as much as the file system gives
     merge_batch_bytes: int = 4 * MiB  # every batch costs two syncs; smaller ones while the guest is at work
+    low_disk_limit: Reserve | None = LOW_DISK_LIMIT
     merge_rate: int | None = None  # bytes per second and image; None: what the guest leaves room for
     daemon_name: str | None = None  # of several over one root; None: the host's name
     host_name: str | None = None  # None: the system's
@@ -49,6 +54,17 @@ class OwnerInfo:
     state: Literal["serving", "closed", "released"]
     since_ns: int
     control: str | None
+
+
+@attrs.frozen
+class SpaceInfo:
+    """Of the image's file system: what is free, and how little may be while a checkpoint stands. Of its AVHD
+    (0 where it has none): how much it holds, and how much it may."""
+
+    free_bytes: int
+    low_disk_limit_bytes: int
+    avhd_bytes: int
+    avhd_limit_bytes: int | None
 
 
 @attrs.frozen
@@ -75,6 +91,7 @@ class ImageInfo:
     merge_remaining_bytes: int | None
     points: int
     owner: OwnerInfo | None = None
+    space: SpaceInfo | None = None
 
 
 @attrs.frozen

@@ -172,6 +172,7 @@ class CheckpointRecovery:
                 if image is not None and image.overlay is not None:
                     held.disks[disk.name] = FrozenImage(image.image, image.overlay, held.record.point)
             self._checkpoints.nursery.start_soon(self._expire, held)
+            self._checkpoints.nursery.start_soon(self._checkpoints.watch_space, held)
             return
         checkpoints = self._checkpoints
         is_ending = held.record.state == "ending"

@@ -27,6 +27,7 @@ from diskd.core.inventory import (
     Outcome,
 )
 from diskd.errors import NoSuchPoint, Refused
+from diskd.shell import low_disk
 from diskd.shell.checkpoint_records import make_directory
 from diskd.shell.forks import Forks
 from diskd.shell.frozen import FrozenImage
@@ -132,6 +133,7 @@ class Checkpoints:
                     if image.stuck is not None:
                         raise Refused(f"image {name} cannot be merged: {image.stuck}; reopen it")
                 await self._changed.wait()
+            await self._require_room(images)
             return await self._begin(identifier, vm, disks, config, held_by, target, images)
         except OSError as error:
             raise Refused(f"the checkpoint cannot begin: {error}") from error
@@ -165,6 +167,7 @@ class Checkpoints:
         self.held[identifier] = held
         try:
             await self._fork(held)
+            self.nursery.start_soon(self.watch_space, held)
             for image in images.values():
                 await image.image.persist_cut()
                 if image.overlay is not None:
@@ -179,6 +182,21 @@ class Checkpoints:
             raise
         log.info("checkpoint.sealed", checkpoint=identifier, vm=vm, point=record.point)
         return StandingCheckpoint(self, held)
+
+    async def _require_room(self, images: dict[str, OpenImage]) -> None:
+        directories = [image.image.directory for image in images.values()]
+        reason = await low_disk.too_little(directories, self.forks.settings.low_disk_limit)
+        if reason is not None:
+            raise Refused(f"the checkpoint cannot begin: {reason}: free some space, or lower that setting")
+
+    async def watch_space(self, held: Held) -> None:
+        """Give the checkpoint up before its AVHDs fill the file system."""
+        await low_disk.watch(
+            [image.image.directory for image in held.images.values()],
+            self.forks.settings.low_disk_limit,
+            stands=lambda: held.record.is_standing and not held.invalid and held.lost is None,
+            give_up=self.invalidator(held),
+        )
 
     async def _fork(self, held: Held) -> None:
         """AVHDs, maps and bitmaps first; then the cut of all disks in one step under the hold."""

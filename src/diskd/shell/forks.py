@@ -10,8 +10,9 @@ import trio
 from daemonkit.durable import sync_directory
 from diskd.core import avhd
 from diskd.core.avhd import AvhdMap, Head
+from diskd.core.inventory import SpaceInfo
 from diskd.errors import Damaged
-from diskd.shell import live_map
+from diskd.shell import live_map, low_disk
 from diskd.shell.held import Invalidate
 from diskd.shell.live_map import LiveMap
 from diskd.shell.open_image import OpenImage
@@ -26,6 +27,20 @@ class Forks:
     shared_dir: Path
     boot_id: str
     settings: OverlaySettings
+
+    def space(self, image: OpenImage) -> SpaceInfo | None:
+        """What is left of the image's file system and of its limits; None where that cannot be told."""
+        try:
+            found = low_disk.room(image.image.directory)
+        except OSError:
+            return None
+        reserve, overlay = self.settings.low_disk_limit, image.overlay
+        return SpaceInfo(
+            found.free,
+            0 if reserve is None else reserve.of(found.total),
+            0 if overlay is None else overlay.map.data_blocks * overlay.head.block_bytes,
+            self.settings.avhd_limit_bytes,
+        )
 
     async def make(self, image: OpenImage, checkpoint: str, invalidate: Invalidate) -> OverlayLayer:
         """An empty AVHD, durable, over the image's parent; nobody uses it yet. Raises OSError, Refused."""
@@ -62,6 +77,7 @@ class Forks:
         if (head.image_uuid, head.size_bytes, head.block_bytes) != geometry:
             raise Damaged(f"image {image.name}: its AVHD belongs to another image")
         cells = await image.files.run(avhd.load_cells(head))
+        # What was closed cleanly has no mapped copy, and neither has what was open when the power was lost.
         mapped = live_map.recover(self.shared_dir, head.live_nonce, len(cells), self.boot_id)
         nonce = live_map.new_nonce(image.image.uuid)
         live = await self._live(nonce, mapped or cells)
@@ -70,17 +86,8 @@ class Forks:
             if mapped is not None:
                 states.mark_all_dirty()
                 await image.files.run(avhd.flush(states.take_dirty(), parent=True))
-            try:
-                states.head = await image.files.run(avhd.renew(head, nonce))
-            except OSError:
-                if mapped is None:
-                    raise
-                # A full disk: the former copy is of this boot, and goes on as if its process had.
-                live.close()
-                live = LiveMap.reopen(self.shared_dir, head.live_nonce, len(cells))
-                states = await _states(head, live)
-            else:
-                live_map.forget_others(self.shared_dir, image.image.uuid, nonce)
+            states.head = await image.files.run(avhd.renew(head, nonce))
+            live_map.forget_others(self.shared_dir, image.image.uuid, nonce)
             return self._overlay(image, states, live, invalidate)
         except BaseException:
             live.close()

@@ -3,7 +3,7 @@
 A guest goes on after its ``diskd`` was killed, and has had writes acknowledged since its last flush. Their
 bytes are in the page cache; without their entries in the map, though, they would be lost to it. So the map
 lives in a MAP_SHARED file on tmpfs, allocated in full before use (touching a hole on a full tmpfs is a
-SIGBUS). It is believed only under the same boot, and only the file that ``checkpoint/head`` names.
+SIGBUS). It is believed only under the same boot, and only the file that ``checkpoint/live`` names.
 
     64 bytes: magic, boot id; then two bits per block as in core.avhd
 """
@@ -55,16 +55,6 @@ class LiveMap:
         live.cells[:] = cells
         memory[:_HEADER_BYTES] = _header(boot_id)
         return live
-
-    @classmethod
-    def reopen(cls, directory: Path, nonce: str, cell_bytes: int) -> "LiveMap":
-        """The very file that ``recover`` has just believed. Raises OSError."""
-        path = _path(directory, nonce)
-        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        try:
-            return cls(path, mmap.mmap(descriptor, _HEADER_BYTES + cell_bytes, mmap.MAP_SHARED))
-        finally:
-            os.close(descriptor)
 
     def close(self) -> None:
         """Forget it: the durable map says everything (or will be believed instead)."""
