@@ -4,14 +4,16 @@ A power loss is a kill, then: whatever was not synced is lost, kept or torn (pow
 and the next start is another boot.
 """
 
-import json
-import signal
-import subprocess
-import sys
+import contextlib
+import os
+import shutil
+import tempfile
 import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from random import Random
-from typing import Any, Final, TypeVar
+from typing import Final, TypeVar
 
 import trio
 
@@ -20,14 +22,13 @@ from daemonkit.methods import Method
 from daemonkit.ports import Address
 from holdfast.crash import power
 from holdfast.crash.journal import Place
-from holdfast.crash.oracle import Violation
+from holdfast.crash.process import DISKD, DaemonProcess
 
 P = TypeVar("P")
 R = TypeVar("R")
 
-START_SECONDS_MAX: Final = 60.0
-STOP_SECONDS_MAX: Final = 60.0
-CALL_SECONDS_MAX: Final = 60.0
+CALL_SECONDS_MAX: Final = 120.0
+KEEP: Final = "HOLDFAST_CRASH_KEEP"  # a directory for what a failed story leaves behind
 
 
 class Machine:
@@ -46,75 +47,52 @@ class Machine:
         self._settings = settings
         self._place = Place(directory / "power")
         self._boot = directory / "boot_id"
-        self._log = directory / "log"
-        self._process: trio.Process | None = None
-        self._ready: dict[str, Any] = {}
+        self._diskd = DaemonProcess(directory / "diskd.log")
         self.root.mkdir()
         self._place.saved.mkdir(parents=True)
         self._boot.write_text(str(uuid.uuid4()))
 
     @property
     def nbd(self) -> Address:
-        return Address.parse(self._ready["nbd"])
+        return Address.parse(self._diskd.ready["nbd"])
 
     @property
     def control(self) -> Address:
-        return Address.parse(self._ready["control"])
+        return Address.parse(self._diskd.ready["control"])
+
+    @property
+    def is_running(self) -> bool:
+        return self._diskd.is_running
 
     def log(self) -> str:
-        """What all lives of the daemon had to say."""
-        return self._log.read_text()
+        """The end of what diskd had to say."""
+        return self._diskd.log()
 
-    async def spawn(self) -> trio.Process:
-        """A started daemon, not yet ready."""
-        if self.can_lose_power:
-            program = ["-m", "holdfast.crash.daemon", str(self._place.directory), str(self.root), "--"]
-        else:
-            program = ["-c", "from diskd.cli.daemon import main; main()"]
-        free = ["--nbd", "127.0.0.1:0", "--control", "127.0.0.1:0"]
+    def _arguments(self) -> list[str]:
+        journal = ("-m", "holdfast.crash.daemon", str(self._place.directory), str(self.root), "--")
+        free = ("--nbd", "127.0.0.1:0", "--control", "127.0.0.1:0")
         own = (f"shared_dir={self._shared}", f"boot_id_file={self._boot}", *self._settings)
         settings = [part for setting in own for part in ("--set", setting)]
-        argv = [sys.executable, *program, "run", "--root", str(self.root), *free, *settings]
-        with self._log.open("ab") as log:
-            self._process = await trio.lowlevel.open_process(
-                argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log
-            )
-        return self._process
+        program = journal if self.can_lose_power else DISKD
+        return [*program, "run", "--root", str(self.root), *free, *settings]
 
     async def start(self) -> None:
         """Until it serves: at once, whatever happened before."""
-        process = await self.spawn()
-        line = b""
-        assert process.stdout is not None
-        with trio.fail_after(START_SECONDS_MAX):
-            while not line.endswith(b"\n"):
-                part = await process.stdout.receive_some(4096)
-                if not part:
-                    raise Violation(f"diskd does not start: {self.log()[-2000:]}")
-                line += part
-            await process.stdout.aclose()
-        self._ready = json.loads(line)
+        await self._diskd.start(self._arguments())
+
+    async def start_in_vain(self, rng: Random) -> None:
+        """Killed again before, or just when, it is ready."""
+        await self._diskd.spawn(self._arguments())
+        await trio.sleep(0.25 + 0.35 * rng.random())
+        await self._diskd.kill()
 
     async def kill(self) -> None:
         """-9, and wait."""
-        await self._end(signal.SIGKILL)
+        await self._diskd.kill()
 
     async def stop(self) -> None:
         """Cleanly; it must end with 0."""
-        code = await self._end(signal.SIGTERM)
-        if code != 0:
-            raise Violation(f"diskd ended with {code}: {self.log()[-2000:]}")
-
-    async def _end(self, number: signal.Signals) -> int:
-        process, self._process = self._process, None
-        assert process is not None
-        with trio.fail_after(STOP_SECONDS_MAX):
-            if process.returncode is None:
-                process.send_signal(number)
-            code = await process.wait()
-            if process.stdout is not None:
-                await process.stdout.aclose()
-        return code
+        await self._diskd.stop()
 
     def lose_power(self, rng: Random) -> power.Lost:
         """The daemon was killed a moment ago."""
@@ -137,8 +115,30 @@ class Machine:
 
     async def close(self) -> None:
         """Whatever happened: nothing runs and nothing lies in shared memory afterwards."""
-        if self._process is not None:
-            with trio.CancelScope(shield=True):
-                await self.kill()
+        await self._diskd.close()
         self.clear_shared()
-        self._shared.rmdir()
+
+
+def _directory(*, in_memory: bool) -> Path:
+    parent = "/dev/shm" if in_memory and Path("/dev/shm").is_dir() else None
+    return Path(tempfile.mkdtemp(prefix="holdfast-crash-", dir=parent))
+
+
+@asynccontextmanager
+async def machine(rng: Random, *, can_lose_power: bool, settings: tuple[str, ...]) -> AsyncIterator[Machine]:
+    """A machine in directories of its own, gone afterwards."""
+    # A kill loses nothing of either; syncs take no time in memory, and open wider windows on a disk.
+    with contextlib.ExitStack() as undo:
+        shared = _directory(in_memory=True)
+        undo.callback(shutil.rmtree, shared)
+        directory = _directory(in_memory=rng.random() < 0.6)
+        undo.callback(shutil.rmtree, directory)
+        made = Machine(directory, shared, can_lose_power=can_lose_power, settings=settings)
+        try:
+            yield made
+        except BaseException:
+            if KEEP in os.environ:
+                shutil.copytree(directory, os.environ[KEEP], dirs_exist_ok=True, symlinks=True)
+            raise
+        finally:
+            await made.close()

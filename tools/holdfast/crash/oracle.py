@@ -63,18 +63,30 @@ class Point:
     name: str | None = None
     state: str = "cut"  # cut, ending, valid, deleting
     content: Numbers | None = None
+    window: tuple[int, int] = (0, 0)
     certain: set[int] = attrs.Factory(set)
     maybe: set[int] = attrs.Factory(set)
     is_exact: bool = True
 
 
+@attrs.define
+class Clock:
+    """Counts events, for all images of a story."""
+
+    now: int = 1
+
+    def tick(self) -> int:
+        self.now += 1
+        return self.now
+
+
 class Image:
     """One image's histories and points."""
 
-    def __init__(self, name: str, size_bytes: int) -> None:
+    def __init__(self, name: str, size_bytes: int, clock: Clock) -> None:
         self.name = name
         self.sectors = size_bytes // SECTOR
-        self.time = 1
+        self._clock = clock
         self.points: list[Point] = []
         self.touched: set[int] = set()  # blocks of every request since the last power loss
         self._number = 0
@@ -84,8 +96,7 @@ class Image:
         self._in_flight: set[Write] = set()
 
     def tick(self) -> int:
-        self.time += 1
-        return self.time
+        return self._clock.tick()
 
     # --- requests
 
@@ -125,31 +136,53 @@ class Image:
         self.points.append(point)
         return point
 
-    def see_frozen(self, point: Point, data: bytes) -> None:
-        """The frozen view was read: it must be the image at the cut, and stay that."""
-        content = self._numbers(data, f"the frozen view of {point.name}")
-        if point.content is not None:
+    def see_frozen(self, point: Point, data: bytes) -> tuple[int, int]:
+        """A frozen view was read: it must be the image at the cut, and stay that. Between which times the
+        cut must have been, for what was read."""
+        content = self.numbers(data, f"the frozen view of {point.name}")
+        if point.content is None:
+            point.content, point.window = content, self._check_frozen(point, content)
+        else:
             different = np.flatnonzero(point.content != content)
             if len(different):
                 raise Violation(f"{self.name}: the frozen view of {point.name} changed in {_some(different)}")
-        else:
-            self._check_frozen(point, content)
-        point.content = content
+        return point.window
 
-    def _check_frozen(self, point: Point, content: Numbers) -> None:
-        until = point.answered if point.answered is not None else self.time
-        for sector in range(point.size_sectors):
+    def _check_frozen(self, point: Point, content: Numbers) -> tuple[int, int]:
+        low = point.asked
+        high = until = point.answered if point.answered is not None else self._clock.now
+        if len(content) != point.size_sectors:
+            raise Violation(f"{self.name}: the frozen view of {point.name} has {len(content)} sectors")
+        changed = np.flatnonzero(content != self._base[: len(content)]).tolist()
+        for sector in sorted(set(changed) | {sector for sector in self._history if sector < len(content)}):
+            found = int(content[sector])
+            history = self._history.get(sector, [])
             allowed = {int(self._base[sector])}
-            for write in self._history.get(sector, ()):
+            for write in history:
                 if write.acked is not None and write.acked < point.asked:
                     allowed = {write.number}
                 elif write.sent < until:
                     allowed.add(write.number)
-            if int(content[sector]) not in allowed:
+            if found not in allowed:
                 raise Violation(
-                    f"{self.name}: the frozen view of {point.name} holds write {int(content[sector])} in"
+                    f"{self.name}: the frozen view of {point.name} holds write {found} in"
                     f" sector {sector}, may hold {sorted(allowed)} (B1)"
                 )
+            since, before = self._shown(sector, found, history)
+            low, high = max(low, since), min(high, before)
+        return low, high
+
+    def _shown(self, sector: int, found: int, history: list[Write]) -> tuple[int, int]:
+        """From when until when the sector showed this number at most; it may have been zero several times."""
+        if found == 0 and any(write.number == 0 for write in history):
+            return 0, self._clock.now
+        since, is_shown = 0, found == int(self._base[sector])
+        for write in history:
+            if is_shown:
+                return since, write.acked if write.acked is not None else self._clock.now
+            if write.number == found:
+                since, is_shown = write.sent, True
+        return since, self._clock.now
 
     def grow(self, size_bytes: int) -> None:
         """What is new reads as zeroes, and counts as changed since every point before."""
@@ -167,7 +200,7 @@ class Image:
 
     def settle(self, data: bytes, *, power_lost: bool) -> None:
         """The image as read after a crash: every sector must be one that it may be; go on from there."""
-        content = self._numbers(data, "the image")
+        content = self.numbers(data, "the image")
         rule = "a power loss (FLUSH)" if power_lost else "a kill"
         for sector in sorted(set(self._history) | set(np.flatnonzero(content != self._base).tolist())):
             found = int(content[sector])
@@ -223,7 +256,7 @@ class Image:
         reported = set(_blocks(extents))
         missed = certain - reported
         if content is not None and point.content is not None:
-            now = self._numbers(content, "the image")[: point.size_sectors]
+            now = self.numbers(content, "the image")[: point.size_sectors]
             differing = np.flatnonzero(now != point.content) // _SECTORS_PER_BLOCK
             missed |= set(differing.tolist()) - reported
         if missed:
@@ -242,13 +275,21 @@ class Image:
         if exact != (over_bytes == 0):
             raise Violation(f"{self.name}: exact={exact} with {over_bytes} bytes over-reported (T3)")
 
-    def _numbers(self, data: bytes, what: str) -> Numbers:
+    def numbers(self, data: bytes, what: str) -> Numbers:
+        """The number of the write that each sector holds."""
         words = np.frombuffer(data, np.uint64).reshape(-1, SECTOR // 8)
         mixed = np.flatnonzero((words != words[:, :1]).any(axis=1))
         if len(mixed):
             raise Violation(f"{self.name}: {what}: torn inside sectors {_some(mixed)}")
         numbers: Numbers = words[:, 0].copy()
         return numbers
+
+
+def check_instant(what: str, windows: Iterable[tuple[int, int]]) -> None:
+    """All disks of a checkpoint show one instant: there is a time at which all of it was so (B1)."""
+    lows, highs = zip(*windows, strict=True)
+    if max(lows) > min(highs):
+        raise Violation(f"{what} shows no one instant: after {max(lows)} and before {min(highs)} (B1)")
 
 
 def _blocks(extents: Iterable[tuple[int, int]]) -> Iterator[int]:

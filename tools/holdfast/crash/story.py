@@ -9,13 +9,7 @@ The plan is the seed's; what the kill meets is the scheduler's, so that one seed
 """
 
 import contextlib
-import os
-import shutil
-import tempfile
 from collections import Counter
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from pathlib import Path
 from random import Random
 from typing import Final
 
@@ -27,45 +21,21 @@ from daemonkit.units import MiB
 from diskd.core import calls
 from holdfast.crash.client import Client, ConnectionLost, connect
 from holdfast.crash.journal import SECTOR
-from holdfast.crash.machine import Machine
-from holdfast.crash.oracle import BLOCK, Image, Point, Violation
+from holdfast.crash.machine import Machine, machine
+from holdfast.crash.oracle import BLOCK, Clock, Image, Point, Violation, check_instant
 
-# Small enough that every region is met again and again, large enough for several records of everything.
-_SIZES: Final = (2 * MiB, 5 * MiB, 9 * MiB)
-_SIZE_MAX: Final = 16 * MiB
+# In the small ones every block is met again and again, in the large ones many regions for the first time.
+_SIZES: Final = (2 * MiB, 9 * MiB, 33 * MiB)
+_SIZE_MAX: Final = 40 * MiB
 _SECTORS_MAX: Final = 128
 _QUEUE_MAX: Final = 6
 _POINTS_MAX: Final = 4
 # Shorter than the defaults, so that flushes, closings and merge batches happen within a life.
 _SETTINGS: Final = ("merge_batch=64KiB",)
+_NEVER_FLUSHING: Final = ("write",) * 6 + ("zero", "trim")
+_BUSY: Final = (*_NEVER_FLUSHING, "flush", "fua")
 _INTERVALS: Final = ("500ms", "1s", "3s")
 _BLOCK_SECTORS: Final = BLOCK // SECTOR
-KEEP: Final = "HOLDFAST_CRASH_KEEP"  # a directory for what a failed story leaves behind
-
-
-def _directory(*, in_memory: bool) -> Path:
-    parent = "/dev/shm" if in_memory and Path("/dev/shm").is_dir() else None
-    return Path(tempfile.mkdtemp(prefix="holdfast-crash-", dir=parent))
-
-
-@asynccontextmanager
-async def machine(rng: Random, *, can_lose_power: bool) -> AsyncIterator[Machine]:
-    """A machine in directories of its own, gone afterwards."""
-    interval = rng.choice(_INTERVALS)
-    shared = _directory(in_memory=True)
-    # A kill loses nothing of either; syncs take no time in memory, and open wider windows on a disk.
-    directory = _directory(in_memory=rng.random() < 0.6)
-    settings = (*_SETTINGS, f"tracking_flush_interval={interval}")
-    made = Machine(directory, shared, can_lose_power=can_lose_power, settings=settings)
-    try:
-        yield made
-    except BaseException:
-        if KEEP in os.environ:
-            shutil.copytree(directory, os.environ[KEEP], dirs_exist_ok=True)
-        raise
-    finally:
-        await made.close()
-        shutil.rmtree(directory)
 
 
 class Story:
@@ -77,11 +47,14 @@ class Story:
         self._rng = Random(seed)
         self._machine = machine
         self._life = 0
+        self._clock = Clock()
         self._images: list[Image] = []
         self._checkpoints: dict[str, dict[str, Point]] = {}
         self._beginning: dict[str, Point] = {}
         self._growing: dict[str, int] = {}
         self._acks = 0
+        self._acts = 0
+        self._kinds: tuple[str, ...] = _BUSY
         self._moved = trio.Event()
         self._is_over = False
         self.power_lost = False
@@ -92,11 +65,13 @@ class Story:
         """Raises Violation."""
         await self._machine.start()
         for number in range(self._rng.choice((1, 1, 2))):
-            image = Image(f"disk{number}", self._rng.choice(_SIZES))
+            image = Image(f"disk{number}", self._rng.choice(_SIZES), self._clock)
             await self._machine.call(
                 calls.IMAGE_CREATE, calls.CreateImage(image.name, image.sectors * SECTOR)
             )
             self._images.append(image)
+        await self._begin(self._rng)
+        await self._end_checkpoint(next(iter(self._checkpoints)), keep=True)
         for self._life in range(lives):
             await self._live()
             await self._crash()
@@ -108,15 +83,18 @@ class Story:
         """Load until the kill; what is in flight then stays unanswered."""
         self._is_over = False
         rng = self._rng
-        until = self._acks + rng.choice((5, 40, 150, 400))
-        last = rng.random() * 0.05
+        # Either after so many requests, or when the operator has just done something.
+        acts = self._acts + rng.choice((1, 2, 4, 1000))
+        until = self._acks + (rng.choice((5, 40, 150, 400)) if acts > self._acts + 4 else 1000)
+        last = rng.choice((0.0, 0.0, 0.05)) * rng.random()
+        self._kinds = rng.choice((_BUSY, _BUSY, _NEVER_FLUSHING))
         async with trio.open_nursery() as nursery:
             for image in self._images:
                 for number in range(rng.randrange(1, _QUEUE_MAX)):
                     own = Random(f"{self._seed}/{self._life}/{image.name}/{number}")
                     nursery.start_soon(self._guest, image, own)
             nursery.start_soon(self._operator, Random(f"{self._seed}/{self._life}/operator"))
-            while self._acks < until:
+            while self._acks < until and self._acts < acts:
                 await self._next_ack()
             await trio.sleep(last)
             self._is_over = True
@@ -137,9 +115,7 @@ class Story:
                 self.told["names lost"] += lost.names
             if rng.random() < 0.8:
                 break
-            await machine.spawn()
-            await trio.sleep(0.25 + 0.35 * rng.random())
-            await machine.kill()
+            await machine.start_in_vain(rng)
             self.told["crashes in recovery"] += 1
         await machine.start()
 
@@ -169,7 +145,7 @@ class Story:
                 raise Violation(f"{image.name}: a connection broke: {lost}") from lost
 
     async def _request(self, image: Image, client: Client, rng: Random) -> None:
-        kind = rng.choice(("write",) * 6 + ("zero", "trim", "flush", "fua"))
+        kind = rng.choice(self._kinds)
         if kind == "flush":
             sent = image.tick()
             await client.flush()
@@ -205,6 +181,7 @@ class Story:
                 for _ in range(rng.choice((0, 3, 10, 40))):
                     await self._next_ack()
                 await self._act(rng)
+                self._acts += 1
 
     async def _act(self, rng: Random) -> None:
         if self._is_over:
@@ -245,10 +222,12 @@ class Story:
 
     async def _view(self, checkpoint: str, points: dict[str, Point]) -> None:
         nbd = self._machine.nbd
+        windows = []
         for image in self._images:
             point = points[image.name]
             async with connect(nbd.host, nbd.port, f"{image.name}:{checkpoint}") as client:
-                image.see_frozen(point, await client.read(0, client.size_bytes))
+                windows.append(image.see_frozen(point, await client.read(0, client.size_bytes)))
+        check_instant(checkpoint, windows)
 
     async def _end_checkpoint(self, checkpoint: str, *, keep: bool) -> None:
         points = self._checkpoints[checkpoint]
@@ -418,7 +397,8 @@ class Story:
 async def play(seed: int, lives: int, *, can_lose_power: bool) -> Counter[str]:
     """One story. Raises Violation with the seed's first find."""
     rng = Random(f"machine {seed}")
-    async with machine(rng, can_lose_power=can_lose_power) as made:
+    settings = (*_SETTINGS, f"tracking_flush_interval={rng.choice(_INTERVALS)}")
+    async with machine(rng, can_lose_power=can_lose_power, settings=settings) as made:
         story = Story(seed, made)
         await story.tell(lives)
         return story.told
