@@ -169,8 +169,9 @@ async def test_concurrent_first_touches_share_commits(place: Place) -> None:
         async with trio.open_nursery() as nursery:
             for region in range(60):
                 nursery.start_soon(writer.write, region * MiB, b"x")
-        assert image.tracker.open_count == 60
-        assert sum(durable_open(place, image)) == 60
+        # All of them in few commits; they came one after the other, so the next ones are open too.
+        assert 60 <= image.tracker.open_count <= 64
+        assert sum(durable_open(place, image)) == image.tracker.open_count
         assert writer.write_nowait(59 * MiB + 5, b"in place")
         assert writer.read_nowait(59 * MiB + 5, 8) == b"in place"
 

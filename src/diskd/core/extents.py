@@ -5,7 +5,7 @@ intervals and the search for extents then cost what was changed, not what the im
 """
 
 from collections.abc import Mapping
-from typing import Final, TypeAlias
+from typing import Final, TypeAlias, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,9 @@ _ONES: Final = b"\xff" * 4096
 _SCAN_BYTES: Final = 1 << 20
 # Bounds the memory for a full bitmap: 2 million bits at a time, as 64-bit numbers, are 16 MiB.
 _PAGES_AT_ONCE: Final = 64
+_EXTENTS_AT_ONCE: Final = 16_384
+_ONE: Final = np.uint64(1)
+_TOP: Final = np.uint64(63)
 
 
 def set_range(bits: memoryview, first: int, end: int) -> bool:
@@ -85,33 +88,62 @@ def count(pages: Mapping[int, bytes]) -> int:
     return sum(int(np.bitwise_count(as_bits(page)).sum()) for page in pages.values())
 
 
+def copy_pages(data: memoryview, page_bytes: int, indices: NDArray[np.int64]) -> PageMap:
+    """A copy of some pages of a whole bitmap: views of one piece of memory."""
+    copied = np.frombuffer(data, np.uint8).reshape(-1, page_bytes)[indices].reshape(-1).data
+    starts = range(0, len(copied), page_bytes)
+    # A page is only ever read as a buffer, and a view is one as much as bytes are.
+    return {
+        index: cast("bytes", copied[start : start + page_bytes])
+        for index, start in zip(indices.tolist(), starts, strict=True)
+    }
+
+
 def runs(pages: Mapping[int, bytes]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """First blocks and ends (exclusive) of all maximal runs of set bits, ascending."""
     indices = sorted(pages)
     starts: list[NDArray[np.int64]] = []
     ends: list[NDArray[np.int64]] = []
     for position in range(0, len(indices), _PAGES_AT_ONCE):
-        blocks = _set_blocks(pages, indices[position : position + _PAGES_AT_ONCE])
-        if len(blocks):
-            gaps = np.flatnonzero(np.diff(blocks) != 1)
-            starts.append(blocks[np.concatenate(([0], gaps + 1))])
-            ends.append(blocks[np.concatenate((gaps, [len(blocks) - 1]))] + 1)
+        first, end = _edges(pages, indices[position : position + _PAGES_AT_ONCE])
+        starts.append(first)
+        ends.append(end)
     if not starts:
         return np.empty(0, np.int64), np.empty(0, np.int64)
     first, end = np.concatenate(starts), np.concatenate(ends)
+    if not len(first):
+        return first, end
     # A run that goes on in the next group of pages came out as two.
     apart = first[1:] != end[:-1]
     return first[np.concatenate(([True], apart))], end[np.concatenate((apart, [True]))]
 
 
-def _set_blocks(pages: Mapping[int, bytes], indices: list[int]) -> NDArray[np.int64]:
-    """The numbers of all set bits of some pages; only bytes with a set bit are looked at closely."""
-    page_bytes = len(pages[indices[0]])
-    data = np.frombuffer(b"".join(pages[index] for index in indices), dtype=np.uint8)
-    used = np.flatnonzero(data)
-    rows, bits = np.nonzero(np.unpackbits(data[used], bitorder="little").reshape(-1, 8))
-    where = np.asarray(indices, dtype=np.int64)[used // page_bytes] * page_bytes + used % page_bytes
-    return where[rows] * 8 + bits
+def _edges(pages: Mapping[int, bytes], indices: list[int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The runs within some pages: only 64-bit words with a set bit are looked at, and in them only the bits
+    at which a run begins or ends."""
+    page_words = len(pages[indices[0]]) // 8
+    words = np.frombuffer(b"".join(pages[index] for index in indices), dtype="<u8")
+    used = np.flatnonzero(words != 0)
+    bits = words[used]
+    # Where the words lie in the bitmap; a run may go on from one to the next.
+    where = np.asarray(indices, dtype=np.int64)[used // page_words] * page_words + used % page_words
+    joined = np.flatnonzero(np.diff(where) == 1)
+    before, behind = np.zeros_like(bits), np.zeros_like(bits)
+    before[joined + 1] = bits[joined] >> _TOP
+    behind[joined] = bits[joined + 1] << _TOP
+    starts = bits & ~((bits << _ONE) | before)
+    lasts = bits & ~((bits >> _ONE) | behind)
+    return _positions(where, starts), _positions(where, lasts) + 1
+
+
+def _positions(where: NDArray[np.int64], words: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """The numbers of all bits set in words that lie at ``where``, counted in words."""
+    octets = words.view(np.uint8)
+    used = np.flatnonzero(octets)
+    bits = np.flatnonzero(np.unpackbits(octets[used], bitorder="little"))
+    octet = used[bits >> 3]
+    found: NDArray[np.int64] = where[octet >> 3] * 64 + ((octet & 7) << 3) + (bits & 7)
+    return found
 
 
 def extents(pages: Mapping[int, bytes], block_bytes: int, size_bytes: int) -> list[tuple[int, int]]:
@@ -120,7 +152,13 @@ def extents(pages: Mapping[int, bytes], block_bytes: int, size_bytes: int) -> li
     offsets = first * block_bytes
     stops = np.minimum(end * block_bytes, size_bytes)
     keep = offsets < stops
-    return list(zip(offsets[keep].tolist(), (stops - offsets)[keep].tolist(), strict=True))
+    offsets, lengths = offsets[keep], (stops - offsets)[keep]
+    found: list[tuple[int, int]] = []
+    # In pieces: another thread, such as that of the guests, must not wait for a million of them.
+    for start in range(0, len(offsets), _EXTENTS_AT_ONCE):
+        part = slice(start, start + _EXTENTS_AT_ONCE)
+        found.extend(zip(offsets[part].tolist(), lengths[part].tolist(), strict=True))
+    return found
 
 
 def region_page(page: bytes, region: int, region_bitmap_bytes: int) -> bytes:

@@ -15,21 +15,27 @@ Between ``freeze`` and the end of the cut no flush begins: the RCT still holds t
 Whatever is marked meanwhile lies in regions that stay open.
 """
 
+import itertools
 from typing import Any, Final
 from uuid import UUID
 
 import attrs
+import numpy as np
+from numpy.typing import NDArray
 
 from daemonkit.errors import InvariantBroken
 from diskd.core import interval as interval_file
 from diskd.core import mrt, points, rct
-from diskd.core.extents import PageMap, page_map, set_range, union_in_place
+from diskd.core.extents import PageMap, copy_pages, page_map, set_range, union_in_place
 from diskd.core.geometry import Identity
+from diskd.core.mark_ahead import MarkAhead
 from diskd.core.points import Catalogue, Segment
 from diskd.core.recovery import Recovered
 from diskd.core.shared import SharedArea
 from diskd.core.steps import Remove, Replace, Script
 
+# How far regions are opened ahead of a sequential stream: so much more may a power loss then over-report.
+MARK_AHEAD_BYTES_MAX: Final = 64 << 20
 # One request touches at most this much, so that it fits below any allowed bound on open regions.
 REQUEST_BYTES_MAX: Final = 64 << 20
 
@@ -64,8 +70,16 @@ class Frozen:
 class Tracker:
     """Made from what recovery found. Everything here is synchronous and happens in one step of the loop."""
 
-    def __init__(self, identity: Identity, recovered: Recovered, *, max_open_bytes: int) -> None:
+    def __init__(
+        self,
+        identity: Identity,
+        recovered: Recovered,
+        *,
+        max_open_bytes: int,
+        mark_ahead_bytes_max: int = MARK_AHEAD_BYTES_MAX,
+    ) -> None:
         self._max_open_bytes = max_open_bytes
+        self._mark_ahead_bytes_max = mark_ahead_bytes_max
         self._begin(identity, recovered)
 
     def _begin(self, identity: Identity, recovered: Recovered) -> None:
@@ -87,7 +101,10 @@ class Tracker:
         self._durable_count = sum(recovered.open_regions)
         self._changed = bytearray(geometry.region_count)
         self._dirty = bytearray(recovered.dirty)
-        self._wanted: set[int] = set()
+        # In the order of asking, so that at the bound the first to wait is the first to go on.
+        self._wanted: dict[int, None] = {}
+        self._ahead: dict[int, None] = {}
+        self._mark_ahead = MarkAhead(geometry.region_count, self._mark_ahead_bytes_max >> self._region_shift)
         self._closing: set[int] = set()
         self._committing: Commit | None = None
         self._flushing: Flush | None = None
@@ -136,24 +153,18 @@ class Tracker:
     # --- MRT ---------------------------------------------------------------------------------------
 
     def want(self, regions: list[int]) -> None:
-        """Let the next commit open these."""
-        self._wanted.update(regions)
+        """Let the next commit open these (those for which there is no room, the one after the next flush),
+        and what a sequential stream will touch next."""
+        self._wanted.update(dict.fromkeys(regions))
+        ahead = self._mark_ahead.touched(regions[0], regions[-1])
+        self._ahead.update(dict.fromkeys(ahead))
 
     def begin_commit(self, now_ns: int) -> Commit | None:
         """The records to write now, or None where nothing is left to do. Then ``end_commit``."""
         if self._committing is not None:
             raise InvariantBroken("two commits of the MRT at once")
-        opening: list[int] = []
-        touched = {region // mrt.REGIONS_PER_RECORD for region in self._closing - self._wanted}
-        for region in sorted(self._wanted):
-            if self._durable_open[region]:
-                # Open on disk still: its closing record was not submitted, and now never will be.
-                self._closing.discard(region)
-                self._open[region] = 1
-            elif self.open_count + len(opening) < self._limit:
-                opening.append(region)
-                touched.add(region // mrt.REGIONS_PER_RECORD)
-        self._wanted.clear()
+        opening = self._choose()
+        touched = {region // mrt.REGIONS_PER_RECORD for region in itertools.chain(self._closing, opening)}
         time_ns = max(now_ns, self.area.time_ns) if opening else self.area.time_ns
         if time_ns > self._stamped_ns and not touched:
             touched.add(0)
@@ -173,6 +184,28 @@ class Tracker:
         self._committing = Commit(opening, records)
         return self._committing
 
+    def _choose(self) -> list[int]:
+        """What the next commit opens, within the bound. What is open on disk still is open again at once."""
+        opening: dict[int, None] = {}
+        waiting: dict[int, None] = {}
+        for region in self._wanted:
+            if self._durable_open[region]:
+                # Its closing record was not submitted, and now never will be.
+                self._closing.discard(region)
+                self._open[region] = 1
+            elif self.open_count + len(opening) < self._limit:
+                opening[region] = None
+            else:
+                waiting[region] = None
+        # What nobody needs yet leaves half of the room to those who do.
+        for region in self._ahead:
+            if self.open_count + len(opening) >= self._limit // 2:
+                break
+            if not self._durable_open[region]:
+                opening[region] = None
+        self._wanted, self._ahead = waiting, {}
+        return list(opening)
+
     def end_commit(self, commit: Commit) -> None:
         """The records are durable: what they open is open."""
         if commit is not self._committing:
@@ -190,12 +223,9 @@ class Tracker:
         if self.frozen is not None:
             return None
         page_bytes = self.identity.geometry.page_bytes
-        pages: PageMap = {}
-        page = self._dirty.find(1)
-        while page >= 0:
-            pages[page] = bytes(self.area.bits[page * page_bytes : (page + 1) * page_bytes])
-            self._dirty[page] = 0
-            page = self._dirty.find(1, page + 1)
+        dirty = np.flatnonzero(np.frombuffer(self._dirty, np.uint8))
+        pages = copy_pages(self.area.bits[:], page_bytes, dirty)
+        self._dirty = bytearray(len(self._dirty))
         self._changed = bytearray(len(self._changed))
         over = self.area.over_report_bytes
         root = attrs.evolve(self.root, interval=self.area.interval, over_report_bytes=over)
@@ -215,6 +245,22 @@ class Tracker:
                 self._open[region] = 0
                 self._closing.add(region)
             region = flush.open_regions.find(1, region + 1)
+
+    def used_pages(self) -> list[tuple[SharedArea, NDArray[np.int64]]]:
+        """Every bitmap that has no file yet, with the pages of it in which a bit may be set. Answering costs
+        what was changed, not what the image's size is."""
+        areas = [(self.area, self._dirty)]
+        if self.frozen is not None:
+            areas.append((self.frozen.area, self.frozen.dirty))
+        found: list[tuple[SharedArea, NDArray[np.int64]]] = []
+        for area, dirty in areas:
+            used = np.frombuffer(bytes(dirty), np.bool_).copy()
+            if self.root.interval == area.interval:
+                used |= np.frombuffer(self.root.slots, np.uint8) != rct.ZERO
+            if self._flushing is not None and self._flushing.root.interval == area.interval:
+                used[list(self._flushing.pages)] = True
+            found.append((area, np.flatnonzero(used)))
+        return found
 
     @property
     def is_settled(self) -> bool:

@@ -11,18 +11,20 @@ import contextlib
 import errno
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Final, TypeAlias, TypeVar
 from uuid import UUID, uuid4
 
+import numpy as np
 import structlog
 import trio
+from numpy.typing import NDArray
 
 from daemonkit import durable
 from daemonkit.errors import InvariantBroken
 from daemonkit.units import SECOND
 from diskd.core import interval, mrt, points
 from diskd.core.changes import report
-from diskd.core.extents import PageMap, page_map
+from diskd.core.extents import PageMap, copy_pages
 from diskd.core.geometry import BLOCK_BYTES_DEFAULT, REGION_BYTES_DEFAULT, Geometry, Identity
 from diskd.core.points import Catalogue, Point, Span
 from diskd.core.ports import ChangeReport, Layer
@@ -39,6 +41,7 @@ from diskd.shell.writer import Writer
 __all__ = ["Image", "ImageSettings", "Writer"]
 
 T = TypeVar("T")
+_Used: TypeAlias = tuple[memoryview, NDArray[np.int64]]  # a bitmap, and the pages of it that count
 log = structlog.get_logger("image")
 
 # A close flushes until every region is closed; one round per flush that was on its way, and one more.
@@ -62,7 +65,12 @@ class Image:
         self.shared = opened.shared
         self.opened_how = recovered.how
         self.opened_reason = recovered.reason
-        self.tracker = Tracker(identity, recovered, max_open_bytes=settings.max_open_bytes)
+        self.tracker = Tracker(
+            identity,
+            recovered,
+            max_open_bytes=settings.max_open_bytes,
+            mark_ahead_bytes_max=settings.mark_ahead_bytes_max,
+        )
         # Recovery compares the stamp with the file's times, give or take one interval.
         slack_ns = settings.tracking_flush_interval_ns // 4
         self.raw = RawLayer(self.files, self.size_bytes, self._note_write, slack_ns=slack_ns)
@@ -75,6 +83,7 @@ class Image:
         self.flush_turn = trio.Lock()
         self.catalogue_turn = trio.Lock()
         self.commit_turn = trio.Lock()
+        self._room_turn = trio.Lock()
         self._holds = 0
         self._unheld = trio.Event()
         self._quiet = trio.Event()
@@ -268,16 +277,22 @@ class Image:
         Returns in the step in which they are; look again, another step may have closed them.
         """
         while closed := self.tracker.closed_regions(offset, length):
-            if not self.tracker.has_room(len(closed)):
-                await self.flush_tracking()
-                continue
             self.tracker.want(closed)
+            if not self.tracker.has_room(len(closed)):
+                await self._make_room(len(closed))
+                continue
             async with self.commit_turn:
                 self.require_working()
                 if closed := self.tracker.closed_regions(offset, length):
                     self.tracker.want(closed)
                     await self._commit()
             return
+
+    async def _make_room(self, count: int) -> None:
+        """At the bound on open regions: close what nobody marked lately. One flush serves all who wait."""
+        async with self._room_turn:
+            if not self.tracker.has_room(count):
+                await self.flush_tracking()
 
     async def flush_tracking(self) -> None:
         """Make the active bitmap durable and close what can be closed (also done by ``run``). While a cut is
@@ -378,6 +393,7 @@ class Image:
             span = points.span(catalogue, point)
             active, over = self._active()
             try:
+                # Blocks marked meanwhile may be in the answer or not: they changed after the question.
                 return await trio.to_thread.run_sync(self._report, span, active, over)
             except Damaged as error:
                 self._raise_unless_moved(point, catalogue, error)
@@ -396,17 +412,17 @@ class Image:
             except Damaged as error:
                 self._raise_unless_moved(point, catalogue, error)
 
-    def _active(self) -> tuple[list[PageMap], int]:
-        """A copy of what has no file yet, and its over-report."""
-        frozen = self.tracker.frozen
-        areas = (self.tracker.area, *((frozen.area,) if frozen else ()))
-        pages = [page_map(area.bits, self.identity.geometry.page_bytes) for area in areas]
-        return pages, sum(area.over_report_bytes for area in areas)
+    def _active(self) -> tuple[list[_Used], int]:
+        """What has no file yet, to be copied, and its over-report. The views keep the memory there."""
+        used = self.tracker.used_pages()
+        over = sum(area.over_report_bytes for area, _ in used)
+        return [(area.bits[:], pages) for area, pages in used], over
 
-    def _report(self, span: Span, active: list[PageMap], over: int) -> ChangeReport:
-        closed = [self._read_interval(segment.interval) for segment in span.segments]
-        pages = interval.unite([*closed, *active])
-        return report(self.identity.geometry, span, pages, active_over_report_bytes=over)
+    def _report(self, span: Span, active: list[_Used], over: int) -> ChangeReport:
+        page_bytes = self.identity.geometry.page_bytes
+        found = [self._read_interval(segment.interval) for segment in span.segments]
+        found += [copy_pages(bits, page_bytes, pages) for bits, pages in active]
+        return report(self.identity.geometry, span, interval.unite(found), active_over_report_bytes=over)
 
     def _raise_unless_moved(self, point: str, catalogue: Catalogue, error: Damaged) -> None:
         """Joined or deleted while we read: then the new catalogue knows where the bits are now."""

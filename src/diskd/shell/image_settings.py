@@ -6,7 +6,7 @@ import attrs
 
 from daemonkit.units import SECOND, GiB, format_size
 from diskd.core.geometry import Geometry
-from diskd.core.tracker import REQUEST_BYTES_MAX
+from diskd.core.tracker import MARK_AHEAD_BYTES_MAX, REQUEST_BYTES_MAX
 from diskd.errors import Refused
 
 
@@ -21,6 +21,8 @@ class ImageSettings:
     # A tmpfs: what survives a daemon and not a boot.
     shared_dir: Path = Path("/dev/shm")  # noqa: S108 - tmpfs is the point: it lives exactly as long as the boot
     boot_id_file: Path = Path("/proc/sys/kernel/random/boot_id")
+    # Bounds what one sequential stream has open ahead of itself, on top of what it wrote.
+    mark_ahead_bytes_max: int = MARK_AHEAD_BYTES_MAX
 
     def check(self, geometry: Geometry) -> None:
         """Raises Refused for what cannot work with an image."""

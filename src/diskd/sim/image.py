@@ -16,7 +16,7 @@ import attrs
 
 from diskd.core import interval, mrt, points, recovery, resize
 from diskd.core.changes import report
-from diskd.core.extents import page_map
+from diskd.core.extents import copy_pages, page_map
 from diskd.core.geometry import IMAGE_TOML, RAW, Geometry, Identity, decode_identity, encode_identity
 from diskd.core.points import Catalogue
 from diskd.core.ports import ChangeReport
@@ -190,10 +190,13 @@ class SimImage:
 
     def _open_regions(self, offset: int, length: int) -> Task:
         closed = self.tracker.closed_regions(offset, length)
-        if not self.tracker.has_room(len(closed)):
-            yield from self.flush()
-            return
         self.tracker.want(closed)
+        if not self.tracker.has_room(len(closed)):
+            yield from self._turn("room")
+            if not self.tracker.has_room(len(closed)):
+                yield from self.flush()
+            self._busy.remove("room")
+            return
         yield from self._turn("commit")
         closed = self.tracker.closed_regions(offset, length)
         if closed:
@@ -387,9 +390,11 @@ class SimImage:
         ]
         over = 0
         if span.with_active:
-            frozen = self.tracker.frozen
-            for area in (self.tracker.area, *((frozen.area,) if frozen else ())):
-                closed.append(page_map(area.bits, GEOMETRY.page_bytes))
+            for area, used in self.tracker.used_pages():
+                pages = copy_pages(area.bits[:], GEOMETRY.page_bytes, used)
+                if pages.keys() < page_map(area.bits, GEOMETRY.page_bytes).keys():
+                    raise OracleMismatch("a page of the active bitmap is overlooked")
+                closed.append(pages)
                 over += area.over_report_bytes
         return report(self.identity.geometry, span, interval.unite(closed), active_over_report_bytes=over)
 
