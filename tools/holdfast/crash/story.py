@@ -19,23 +19,20 @@ from daemonkit.diskd_api import BackupDisk, ImageName
 from daemonkit.rpc import CallFailed, CallRefused
 from daemonkit.units import MiB
 from diskd.core import calls
-from holdfast.crash.client import Client, ConnectionLost, connect
+from holdfast.crash.client import ConnectionLost, connect
 from holdfast.crash.journal import SECTOR
+from holdfast.crash.load import BUSY, NEVER_FLUSHING, Guests
 from holdfast.crash.machine import Machine, machine
 from holdfast.crash.oracle import BLOCK, Clock, Image, Point, Violation, check_instant
 
 # In the small ones every block is met again and again, in the large ones many regions for the first time.
 _SIZES: Final = (2 * MiB, 9 * MiB, 33 * MiB)
 _SIZE_MAX: Final = 40 * MiB
-_SECTORS_MAX: Final = 128
 _QUEUE_MAX: Final = 6
 _POINTS_MAX: Final = 4
 # Shorter than the defaults, so that flushes, closings and merge batches happen within a life.
 _SETTINGS: Final = ("merge_batch=64KiB",)
-_NEVER_FLUSHING: Final = ("write",) * 6 + ("zero", "trim")
-_BUSY: Final = (*_NEVER_FLUSHING, "flush", "fua")
 _INTERVALS: Final = ("500ms", "1s", "3s")
-_BLOCK_SECTORS: Final = BLOCK // SECTOR
 
 
 class Story:
@@ -52,11 +49,8 @@ class Story:
         self._checkpoints: dict[str, dict[str, Point]] = {}
         self._beginning: dict[str, Point] = {}
         self._growing: dict[str, int] = {}
-        self._acks = 0
         self._acts = 0
-        self._kinds: tuple[str, ...] = _BUSY
-        self._moved = trio.Event()
-        self._is_over = False
+        self._guests = Guests(machine, BUSY)
         self.power_lost = False
 
     # --- the whole
@@ -81,25 +75,23 @@ class Story:
 
     async def _live(self) -> None:
         """Load until the kill; what is in flight then stays unanswered."""
-        self._is_over = False
         rng = self._rng
         # Either after so many requests, or when the operator has just done something.
         acts = self._acts + rng.choice((1, 2, 4, 1000))
-        until = self._acks + (rng.choice((5, 40, 150, 400)) if acts > self._acts + 4 else 1000)
+        until = rng.choice((5, 40, 150, 400)) if acts > self._acts + 4 else 1000
         last = rng.choice((0.0, 0.0, 0.05)) * rng.random()
-        self._kinds = rng.choice((_BUSY, _BUSY, _NEVER_FLUSHING))
+        guests = self._guests = Guests(self._machine, rng.choice((BUSY, BUSY, NEVER_FLUSHING)))
         async with trio.open_nursery() as nursery:
             for image in self._images:
                 for number in range(rng.randrange(1, _QUEUE_MAX)):
                     own = Random(f"{self._seed}/{self._life}/{image.name}/{number}")
-                    nursery.start_soon(self._guest, image, own)
+                    nursery.start_soon(guests.run, image, own)
             nursery.start_soon(self._operator, Random(f"{self._seed}/{self._life}/operator"))
-            while self._acks < until and self._acts < acts:
-                await self._next_ack()
+            while guests.acks < until and self._acts < acts:
+                await guests.wait()
             await trio.sleep(last)
-            self._is_over = True
+            guests.end()
             await self._machine.kill()
-            self._moved.set()
         self.told["lives"] += 1
 
     async def _crash(self) -> None:
@@ -121,70 +113,16 @@ class Story:
 
     # --- a life
 
-    async def _next_ack(self) -> None:
-        if not self._is_over:
-            await self._moved.wait()
-
-    def _note_ack(self) -> None:
-        self._acks += 1
-        self._moved.set()
-        self._moved = trio.Event()
-
-    async def _guest(self, image: Image, rng: Random) -> None:
-        nbd = self._machine.nbd
-        try:
-            while not self._is_over:
-                async with connect(nbd.host, nbd.port, image.name) as client:
-                    requests = rng.choice((20, 100, 1000))
-                    while requests and not self._is_over:
-                        await self._request(image, client, rng)
-                        self._note_ack()
-                        requests -= 1
-        except ConnectionLost as lost:
-            if not self._is_over:
-                raise Violation(f"{image.name}: a connection broke: {lost}") from lost
-
-    async def _request(self, image: Image, client: Client, rng: Random) -> None:
-        kind = rng.choice(self._kinds)
-        if kind == "flush":
-            sent = image.tick()
-            await client.flush()
-            image.flushed(sent)
-            return
-        # A client goes by the size that it was told when it connected.
-        first, end = self._free_range(image, client.size_bytes // SECTOR, rng)
-        write = image.send(first, end, is_zero=kind in ("zero", "trim"), is_fua=kind == "fua")
-        offset, length = first * SECTOR, (end - first) * SECTOR
-        if kind == "zero":
-            await client.zero(offset, length, may_trim=rng.random() < 0.5)
-        elif kind == "trim":
-            await client.trim(offset, length)
-        else:
-            await client.write(offset, write.data(), fua=kind == "fua")
-        image.ack(write)
-
-    @staticmethod
-    def _free_range(image: Image, sectors: int, rng: Random) -> tuple[int, int]:
-        while True:
-            length = rng.choice((1, 3, _BLOCK_SECTORS, _BLOCK_SECTORS, 2 * _BLOCK_SECTORS, _SECTORS_MAX))
-            # Half of the requests meet the first quarter: where blocks are met again, things go wrong.
-            room = sectors // 4 if rng.random() < 0.5 else sectors
-            first = rng.randrange(room - length + 1)
-            if rng.random() < 0.7:
-                first -= first % _BLOCK_SECTORS
-            if image.is_free(first, first + length):
-                return first, first + length
-
     async def _operator(self, rng: Random) -> None:
         with contextlib.suppress(CallFailed, ConnectionLost):
-            while not self._is_over:
+            while not self._guests.is_over:
                 for _ in range(rng.choice((0, 3, 10, 40))):
-                    await self._next_ack()
+                    await self._guests.wait()
                 await self._act(rng)
                 self._acts += 1
 
     async def _act(self, rng: Random) -> None:
-        if self._is_over:
+        if self._guests.is_over:
             return
         if not self._checkpoints:
             choice = rng.choice(("begin", "begin", "begin", "delete", "changes", "grow"))
