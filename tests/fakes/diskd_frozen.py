@@ -102,6 +102,10 @@ class MemoryFrozenVm:
             self._library.forget(point)
         self._library.settled.append((point, committed))
 
+    async def suspend(self):
+        self._library.ended.append((self.point, "suspend"))
+        self._library.standing = self
+
     async def end(self, outcome):
         self._library.ended.append((self.point, outcome))
         self._library.busy = False
@@ -123,13 +127,20 @@ class MemoryLibrary:
         self.frozen = []
         self.busy = False
         self.before_send = None
+        self.standing = None
         self._ids = itertools.count(1)
+
+    async def resume_checkpoint(self, vm):
+        if self.standing is None:
+            raise Refused(f"no interrupted backup of {vm} stands here")
+        found, self.standing = self.standing, None
+        return found
 
     def forget(self, point):
         for disk in self.images.values():
             disk.changed.pop(point, None)
 
-    async def begin_checkpoint(self, vm, disks, config, *, target=None):
+    async def begin_checkpoint(self, vm, disks, config, *, target=None, allow_crash_consistent=False):
         if self.busy:
             raise Refused(f"a checkpoint of {vm} is held by a live backup")
         for disk in disks:

@@ -69,7 +69,10 @@ async def start_deaf_proxy(nursery, target):
             await sink.send_all(data)
 
     async def handle(client):
-        server = await trio.open_tcp_stream(target.host, target.port)
+        try:
+            server = await trio.open_tcp_stream(target.host, target.port)
+        except OSError:
+            return  # The target has gone as well.
         async with server, trio.open_nursery() as inner:
 
             async def both(source, sink, look):

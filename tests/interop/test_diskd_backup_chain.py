@@ -116,7 +116,7 @@ async def test_refusals_are_one_line(tmp_path):
         await daemon.do("image", "create", "d", "1MiB")
         backup = ("backup", "--vm", "d", "--image", "d", *to)
         assert "--full" in await daemon.refuses(*backup, "--since", "rp-" + "0" * 16)
-        assert "resume" in await daemon.refuses(*backup, "--resume")
+        assert "no interrupted backup" in await daemon.refuses(*backup, "--resume")
         assert "nowhere" in await daemon.refuses("backup", "--vm", "d", "--image", "nowhere", *to)
         assert "take a backup first" in await daemon.refuses("target", "audit", "d", *to)
         assert "point" in await daemon.refuses("target", "serve", "d", "p", "--nbd", "127.0.0.1:0", *to)
@@ -162,7 +162,9 @@ async def test_a_lost_acknowledgement_is_settled_at_the_next_contact(tmp_path, n
         await daemon.do("image", "create", "d", "8MiB")
         await good("qemu-io", "-f", "raw", *commands(["write -P 1 0 2M"]), live)
         swallow.append(True)
-        await daemon.refuses("backup", "--vm", "web", "--image", "d", "--target", str(proxy))
+        await daemon.refuses(
+            "backup", "--vm", "web", "--image", "d", "--target", str(proxy), "--retry-for", "0s"
+        )
         swallow.clear()
         [lost] = await points_of(daemon, target)
         await good("qemu-io", "-f", "raw", *commands(["write -P 2 64k 8k"]), live)

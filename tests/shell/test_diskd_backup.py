@@ -171,7 +171,7 @@ async def test_an_unreachable_target_costs_no_checkpoint(library):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"mode": "resume"}, "--resume"),
+        ({"mode": "resume"}, "no interrupted backup"),
         ({"mode": "since", "since": "monday"}, "reference point"),
         ({"vm": "../web"}, "VM's name"),
         ({"images": ()}, "1 to"),

@@ -459,11 +459,11 @@ async def test_one_held_by_hand_expires_after_a_restart(tmp_path):
         assert library.points("a") == []
 
 
-async def test_a_backups_checkpoint_becomes_pending_at_a_restart(tmp_path):
+async def test_a_backups_checkpoint_that_nobody_goes_on_with_becomes_pending(tmp_path):
     async with serving(tmp_path) as library:
         await library.create_image("a", SIZE)
         frozen = await library.begin_checkpoint("web", disks("a"), "", target="one")
-    async with serving(tmp_path) as library:
+    async with serving(tmp_path, checkpoint_resume_timeout_ns=0) as library:
         await until(lambda: [info.state for info in library.checkpoints()] == ["pending"])
         again = await library.begin_checkpoint("web", disks("a"), "", target="two")
         # Only the target that it was sent to can settle it.

@@ -155,9 +155,8 @@ async def test_a_start_that_can_record_nothing_serves_all_the_same(tmp_path, set
         point = await with_point(library)
         frozen = await library.begin_checkpoint("web", DISKS, "", held_by=held_by)
         await (await plain(library)).write(7 * BLOCK, b"2" * BLOCK)
-        if held_by == "hand":
-            held = library._checkpoints.find(frozen.checkpoint)
-            await library._checkpoints.invalidator(held)("a test")
+        held = library._checkpoints.find(frozen.checkpoint)
+        await library._checkpoints.invalidator(held)("a test")
     # A small file is replaced by way of a temporary one of this name.
     blocks = [
         root / "checkpoints" / frozen.checkpoint / f".record.{os.getpid()}.tmp",

@@ -179,7 +179,7 @@ async def test_a_merge_goes_on_after_a_takeover(storage: Hosts):
         await write(one, "a", 0, b"1" * BLOCK)
         await write(one, "a", 5 * BLOCK, b"2" * 3 * BLOCK)
         assert frozen.point in [point.point for point in one.points("a")]
-    async with storage.serving("n1b") as two:
+    async with storage.serving("n1b", checkpoint_resume_timeout_ns=0) as two:
         assert two.checkpoints() == []
         await two.open_image("a")
         await until(lambda: [info.state for info in two.checkpoints()] == ["pending"])

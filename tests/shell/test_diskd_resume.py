@@ -5,7 +5,7 @@ import contextlib
 import pytest
 import trio
 from diskd_frozen import MemoryLibrary
-from diskd_target import RaisesLeaf, start_target, stream_of
+from diskd_target import RaisesLeaf, start_deaf_proxy, start_target, stream_of
 
 from daemonkit.diskd_api import BackupDisk, BackupRequest
 from daemonkit.frames import FrameReader
@@ -26,6 +26,7 @@ from diskd.core.stream import (
     Working,
     decode_reply,
 )
+from diskd.errors import Refused
 from diskd.shell.backup import run_backup
 from diskd.shell.export import TargetLost
 from diskd.shell.repository import open_repository
@@ -48,6 +49,7 @@ class CuttingProxy:
     def __init__(self, target, shares):
         self.target, self.shares = target, list(shares)
         self.carried = []
+        self.pause_at = None  # silence from there on
 
     async def serve(self, nursery):
         listeners = await nursery.start(trio.serve_tcp, self._handle, 0)
@@ -67,6 +69,9 @@ class CuttingProxy:
                     async for data in source:
                         await sink.send_all(data)
                         if counted:
+                            limit = self.pause_at or float("inf")
+                            while self.carried[number] >= limit:  # noqa: ASYNC110 - silent for good
+                                await trio.sleep(0.01)
                             self.carried[number] += len(data)
                             if self.shares and self.carried[number] >= self.shares[0]:
                                 self.shares.pop(0)
@@ -77,11 +82,12 @@ class CuttingProxy:
             both.start_soon(forward, server, client, False)
 
 
-async def backup(library, address, *, retry_for=60, report=None):
+async def backup(library, address, *, retry_for=60, report=None, mode="auto"):
     async def silent(_progress):
         await trio.lowlevel.checkpoint()
 
-    request = BackupRequest("web", DISKS, "", str(address), retry_for_ns=retry_for * SECOND)
+    disks = [] if mode == "resume" else DISKS
+    request = BackupRequest("web", disks, "", str(address), mode, retry_for_ns=retry_for * SECOND)
     with trio.fail_after(60):
         return await run_backup(library, request, report=report or silent, key=None)
 
@@ -143,9 +149,77 @@ async def test_a_target_that_stays_away_ends_the_backup_in_time(tmp_path, librar
         if progress["step"] == "interrupted":
             await stop()
 
+    front = await proxy.serve(nursery)
     with RaisesLeaf(Exception):  # The last attempt's own reason: refused, or closed without a greeting.
-        await backup(library, await proxy.serve(nursery), retry_for=1, report=report)
-    assert [outcome for _, outcome in library.ended] == ["discard"]
+        await backup(library, front, retry_for=1, report=report)
+    assert [outcome for _, outcome in library.ended] == ["suspend"]
+    # With neither a target nor patience it goes on standing; with a target it goes on.
+    with RaisesLeaf(Exception):
+        await backup(library, front, retry_for=1, mode="resume")
+    proxy.target, stop = await start_target(nursery, tmp_path)
+    before = sum(proxy.carried)
+    done = await backup(library, front, mode="resume")
+    assert sum(proxy.carried) - before < 20 * MiB
+    assert library.ended[-1] == (done.point, "keep")
+    assert [disk.sent_bytes for disk in done.disks] == [20 * MiB, MiB]
+    await stop()
+    check(tmp_path, library, done.point)
+
+
+async def test_a_killed_client_leaves_what_can_be_gone_on_with(tmp_path, library, nursery):
+    address, stop = await start_target(nursery, tmp_path)
+    proxy = CuttingProxy(address, [])
+    front = await proxy.serve(nursery)
+    with trio.CancelScope() as client:
+
+        async def report(progress):
+            await trio.lowlevel.checkpoint()
+            if progress["step"] == "send" and sum(proxy.carried) > 9 * MiB:
+                client.cancel()
+
+        proxy.pause_at = 10 * MiB
+        await backup(library, front, report=report)
+    assert client.cancelled_caught
+    assert [outcome for _, outcome in library.ended] == ["suspend"]
+    proxy.pause_at = None
+    before = sum(proxy.carried)
+    done = await backup(library, front, mode="resume")
+    assert sum(proxy.carried) - before < 20 * MiB
+    await stop()
+    check(tmp_path, library, done.point)
+
+
+async def test_a_backup_that_was_committed_unheard_is_found_so(tmp_path, library, nursery):
+    address, stop = await start_target(nursery, tmp_path)
+    proxy, swallow = await start_deaf_proxy(nursery, address)
+    swallow.append(True)
+
+    async def report(progress):
+        await trio.lowlevel.checkpoint()
+        if progress["step"] == "interrupted":
+            await stop()
+
+    with RaisesLeaf(Exception):
+        await backup(library, proxy, retry_for=1, report=report)
+    assert library.ended[-1][1] == "suspend"
+    address, stop = await start_target(nursery, tmp_path)
+    done = await backup(library, address, mode="resume")
+    assert library.ended[-1] == (done.point, "keep")
+    await stop()
+    check(tmp_path, library, done.point)
+
+
+async def test_another_target_does_not_go_on_with_it(tmp_path, library, nursery):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    address, _ = await start_target(nursery, tmp_path / "a")
+    other, _ = await start_target(nursery, tmp_path / "b")
+    frozen = await library.begin_checkpoint("web", DISKS, "", target="f" * 32)
+    await frozen.suspend()
+    for target in (address, other):
+        with RaisesLeaf(Refused, "another target"):
+            await backup(library, target, mode="resume")
+        assert library.ended[-1] == (frozen.point, "suspend")
 
 
 async def test_without_patience_a_cut_link_is_the_end(tmp_path, library, nursery):

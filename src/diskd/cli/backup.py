@@ -30,9 +30,11 @@ from diskd.cli.calling import SECONDS_UNBOUNDED, Diskd, pass_diskd
               help="Where `diskd target` listens; HOLDFAST_TARGET stands for it.")  # fmt: skip
 @click.option("--full", is_flag=True, help="Everything, whatever the target has.")
 @click.option("--since", metavar="POINT", help="The changes since this reference point.")
-@click.option("--resume", is_flag=True, help="Go on with a sealed checkpoint: not built yet.")
+@click.option("--resume", is_flag=True, help="Go on with an interrupted backup of the VM.")
 @click.option("--retry-for", type=DURATION, default="2m", show_default=True, metavar="TIME",
               help="How long to try again, from where it stood, a target that was lost.")  # fmt: skip
+@click.option("--allow-crash-consistent", is_flag=True,
+              help="Where a freeze or thaw hook fails, go on: the guest's journal makes it whole.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Lines of JSON: progress, and the result last.")
 @pass_diskd
 def backup(
@@ -46,6 +48,7 @@ def backup(
     since: str | None,
     resume: bool,
     retry_for: int,
+    allow_crash_consistent: bool,
     as_json: bool,
 ) -> None:
     """Back up all disks of a VM as they are at one instant.
@@ -53,6 +56,13 @@ def backup(
     A full if the target has no point of this VM, else the changes since the newest point that both
     sides hold; refused if there is none (then: --full). A failed backup loses nothing: the changes stay
     tracked, and the VM does not notice.
+
+    The [hooks] of --config, freeze and thaw, run on diskd's host around the cut: programs in its hooks_dir.
+    Where one fails, so does the backup, unless --allow-crash-consistent.
+
+    A target that is lost on the way is tried again for --retry-for. After that, or if this command or diskd
+    was killed, --resume goes on from what the target has, within diskd's checkpoint_resume_timeout; a plain
+    backup of the VM begins anew.
     """
     wanted: list[tuple[BackupMode, bool]] = [
         ("full", full),
@@ -63,14 +73,18 @@ def backup(
     if len(modes) > 1:
         raise UsageError("--full, --since and --resume exclude each other")
     text = read_config(config) if config else ""
+    named = (*images, *more)
+    # An interrupted backup knows its disks: they need not be told again.
+    disks = disks_of(config, text, named) if named or config or not resume else []
     request = BackupRequest(
         vm=vm,
-        disks=disks_of(config, text, (*images, *more)),
+        disks=disks,
         config=text,
         target=str(target),
         mode=modes[0] if modes else "auto",
         since=since,
         retry_for_ns=retry_for,
+        allow_crash_consistent=allow_crash_consistent,
     )
     progress = Progress(as_json)
     try:

@@ -19,9 +19,10 @@ so nobody may be handed frozen bytes any more. It is one 512-byte record in a fi
 checkpoint began, so that setting it needs no space. Merging starts at once; the outcome is still the
 exporter's to say: what was read before the flag was set is good, and the cut in the tracking is untouched.
 
-After a restart nobody holds a backup's checkpoint any more: its point is left *pending*, since its target
-may have committed, and it is merged. One begun by hand stands for ``checkpoint_resume_timeout``, so that
-its reader can come back and end it; then it is discarded.
+After a restart nobody holds a checkpoint any more. It stands for ``checkpoint_resume_timeout``, so that a
+backup can go on (``diskctl backup --resume``), or the reader of one begun by hand can come back and end it.
+Then it is given up and merged: one begun by hand is discarded; of a backup's the point is left *pending*,
+since its target may have committed.
 """
 
 import struct
@@ -141,9 +142,13 @@ def recover(record: Record, *, invalid: bool) -> Recovery:
         return Recovery("discard", standing=False)
     if record.state != "sealed":
         return Recovery(None, standing=False)
-    if record.held_by == "backup":
-        return Recovery("pending", standing=False)
-    return Recovery("discard" if invalid else None, standing=not invalid)
+    return Recovery(given_up(record) if invalid else None, standing=not invalid)
+
+
+def given_up(record: Record) -> Outcome:
+    """How a sealed checkpoint ends that nobody came back for: of a backup's point, its target has the last
+    word (B3)."""
+    return "pending" if record.held_by == "backup" else "discard"
 
 
 def encode_record(record: Record) -> bytes:

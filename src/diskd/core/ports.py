@@ -157,6 +157,11 @@ class FrozenVm(Protocol):
     @property
     def consistency(self) -> str: ...
     @property
+    def target(self) -> str | None:
+        """The repository that its backup goes to, where that is known."""
+        ...
+
+    @property
     def disks(self) -> "dict[str, FrozenDisk]":
         """By disk name."""
         ...
@@ -170,6 +175,11 @@ class FrozenVm(Protocol):
     async def end(self, outcome: Literal["keep", "discard", "pending"]) -> None:
         """``keep``: the target acknowledged, the point becomes valid. ``pending``: it may have committed.
         ``discard``: as if it had not been tried. Answers once that is durable; merging goes on behind."""
+        ...
+
+    async def suspend(self) -> None:
+        """Let go of it without an end: it stands for a while, and whoever goes on with the backup gets it
+        again. Then it is given up, as after ``end("pending")``."""
         ...
 
 

@@ -26,7 +26,7 @@ from daemonkit.ports import Address
 from daemonkit.rpc import Call, CallFailed, Client, Registry, connect
 from daemonkit.units import SECOND
 from diskd.core import target_calls as calls
-from diskd.core.copy_plan import TargetPoint, choose_base, data_bytes
+from diskd.core.copy_plan import ChosenMode, TargetPoint, choose_base, data_bytes
 from diskd.core.inventory import (
     CONFIG_BYTES_MAX,
     DISKS_MAX,
@@ -55,9 +55,19 @@ class CheckpointSource(Protocol):
     """The part of shell.library.Library that a backup needs."""
 
     async def begin_checkpoint(
-        self, vm: str, disks: list[BackupDisk], config: str, *, target: str | None = None
+        self,
+        vm: str,
+        disks: list[BackupDisk],
+        config: str,
+        *,
+        target: str | None = None,
+        allow_crash_consistent: bool = False,
     ) -> FrozenVm:
         """All disks at one instant; Refused says why not. ``target``: the repository it is for."""
+        ...
+
+    async def resume_checkpoint(self, vm: str) -> FrozenVm:
+        """The one that an interrupted backup of this VM left standing; Refused where there is none."""
         ...
 
     def lease(self, image: str) -> Lease: ...
@@ -138,15 +148,12 @@ async def _export_frozen(frozen: FrozenVm, request: calls.ExportRequest, stream:
 
 def check_request(request: BackupRequest) -> None:
     """Raises Refused with the remedy."""
-    if request.mode == "resume":
-        raise Refused(
-            "resuming a backup is not built yet; run it again without --resume:"
-            " the changes are still tracked, so a new differential sends the same blocks"
-        )
     if request.mode == "since" and not (request.since and is_point(request.since)):
         raise Refused(f"{request.since!r} is not a reference point: rp- and 16 hex digits")
     if not NAME_PATTERN.fullmatch(request.vm):
         raise Refused(f"{request.vm[:80]!r} is not a VM's name: lower case letters, digits, '.', '_', '-'")
+    if request.mode == "resume":
+        return  # The checkpoint knows its disks and its configuration.
     if not 0 < len(request.disks) <= DISKS_MAX:
         raise Refused(f"a backup takes 1 to {DISKS_MAX} disks, not {len(request.disks)}")
     for disk in request.disks:
@@ -169,28 +176,44 @@ async def run_backup(
     check_request(request)
     target = Address.parse(request.target)
     began = trio.current_time()
-    repository = (await _offered(target, request.vm, key)).repository
+    repository = (await _offered(target, request.vm, key)).repository[:REPOSITORY_ID_LENGTH_MAX]
     await report({"step": "checkpoint", "vm": request.vm})
-    frozen = await source.begin_checkpoint(
-        request.vm, request.disks, request.config, target=repository[:REPOSITORY_ID_LENGTH_MAX]
-    )
-    log.info("backup.began", vm=request.vm, point=frozen.point, target=str(target))
+    if request.mode == "resume":
+        frozen = await source.resume_checkpoint(request.vm)
+    else:
+        frozen = await source.begin_checkpoint(
+            request.vm,
+            request.disks,
+            request.config,
+            target=repository,
+            allow_crash_consistent=request.allow_crash_consistent,
+        )
+    log.info("backup.began", vm=request.vm, point=frozen.point, target=str(target), mode=request.mode)
     backup = _Backup(frozen, request, target, key, report)
-    outcome: EndOutcome = "discard"
+    outcome: EndOutcome | Literal["suspend"] = "discard"
     try:
+        if frozen.target not in (None, repository):
+            raise Refused(f"{frozen.point} was on its way to another target; go on with that one")
+        if request.mode == "resume":
+            _check_disks(request, frozen)
         await backup.send()
         outcome = "keep"
-    except BaseException:
-        if backup.session is not None and backup.session.may_have_committed:
-            outcome = "pending"
+    except BaseException as error:
+        outcome = backup.outcome_of(error)
         raise
     finally:
         with trio.move_on_after(END_SECONDS_MAX, shield=True) as scope:
-            await frozen.end(outcome)
+            await (frozen.suspend() if outcome == "suspend" else frozen.end(outcome))
         log.info("backup.ended", vm=request.vm, point=frozen.point, outcome=outcome)
     if scope.cancelled_caught:
         raise Refused(f"the target has committed {frozen.point}, but the disk here does not answer")
     return backup.result(trio.current_time() - began)
+
+
+def _check_disks(request: BackupRequest, frozen: FrozenVm) -> None:
+    stands = sorted(disk.image for disk in frozen.disks.values())
+    if request.disks and sorted(disk.image for disk in request.disks) != stands:
+        raise Refused(f"the interrupted backup of {request.vm} is of {', '.join(stands)}")
 
 
 async def _offered(target: Address, vm: str, key: bytes | None) -> calls.OfferedPoints:
@@ -215,6 +238,12 @@ def _lost_of(error: BaseException) -> OperatorError | None:
         found = [_lost_of(inner) for inner in error.exceptions]
         return None if None in found else found[0]
     return error if isinstance(error, TargetLost | CallFailed) else None
+
+
+def _is_cancelled(error: BaseException) -> bool:
+    if isinstance(error, BaseExceptionGroup):
+        return all(_is_cancelled(inner) for inner in error.exceptions)
+    return isinstance(error, trio.Cancelled)
 
 
 @attrs.define(eq=False)
@@ -277,6 +306,22 @@ class _Backup:
             await self.report({"step": "interrupted", "vm": self.request.vm, "reason": reason})
             await trio.sleep(pause / SECOND)
 
+    def outcome_of(self, error: BaseException) -> EndOutcome | Literal["suspend"]:
+        """What becomes of the checkpoint: it stands on where the target or the caller was lost on the way,
+        and the caller has any patience. A backup that was fenced, or refused, is over."""
+        session = self.session
+        was_lost = _lost_of(error) is not None or (_is_cancelled(error) and not self.request.epoch)
+        resuming = self.request.mode == "resume"
+        if (
+            was_lost
+            and self.request.retry_for_ns
+            and (resuming or (session is not None and session.has_begun))
+        ):
+            return "suspend"
+        if resuming and session is None:
+            return "suspend"
+        return "pending" if session is not None and session.may_have_committed else "discard"
+
     async def _attempt(self) -> None:
         async with connect(self.target, key=self.key) as client:
             if self.prepared is None:
@@ -284,14 +329,15 @@ class _Backup:
                     offered = await client.call(calls.POINTS_OFFERED, calls.VmName(self.request.vm))
                     if await self._settle(client, offered.repository):
                         offered = await client.call(calls.POINTS_OFFERED, calls.VmName(self.request.vm))
-                self.base = self._choose(offered)
+                self.base = await self._base(client, offered)
                 self.prepared = await trio.to_thread.run_sync(prepare_blocking, self.frozen, self.base)
             before = self.session
             session = ExportSession(self.prepared, finished=before.finished if before else None)
             session.durable = before.durable if before else 0
             with _answering(self.target):
                 stream = await client.open_stream(
-                    calls.EXPORT, calls.ExportOptions(resume=before is not None)
+                    calls.EXPORT,
+                    calls.ExportOptions(resume=before is not None or self.request.mode == "resume"),
                 )
             self.session = session
             async with trio.open_nursery() as nursery:
@@ -309,9 +355,20 @@ class _Backup:
             log.info("backup.settled", vm=self.request.vm, point=point, committed=answer.committed)
         return bool(pending)
 
+    async def _base(self, client: Client, offered: calls.OfferedPoints) -> str | None:
+        """Of a resumed backup it is what the target has begun, or even committed, to build on."""
+        point = self.frozen.point
+        if self.request.mode == "resume":
+            if point in offered.unfinished:
+                return offered.unfinished[point]
+            report = await client.call(calls.LIST, calls.VmName(self.request.vm))
+            for listed in report.points:
+                if listed.point == point:
+                    return listed.base
+        return self._choose(offered)
+
     def _choose(self, offered: calls.OfferedPoints) -> str | None:
-        mode = self.request.mode
-        assert mode != "resume"
+        mode: ChosenMode = "auto" if self.request.mode == "resume" else self.request.mode
         points = [TargetPoint(point.point, point.disks) for point in offered.points]
         if mode == "auto" and not points and offered.known:
             raise Refused(

@@ -3,8 +3,7 @@
 A record belongs to whoever serves *all* of its images that still exist. While a VM's images are with two
 daemons (half-way through a move), nobody acts on the record: it *waits*, its images are served over their
 AVHDs, and nothing is merged, since its frozen view may still be somebody's. When the last image arrives, the
-record is read anew and goes on as after a restart: one of a backup ends as pending and is merged, one begun
-by hand stands for ``checkpoint_resume_timeout`` from then on.
+record is read anew and goes on as after a restart: it stands for ``checkpoint_resume_timeout`` from then on.
 """
 
 import contextlib
@@ -12,14 +11,11 @@ from collections.abc import Callable
 from functools import partial
 
 import structlog
-import trio
 
 from daemonkit.errors import HoldfastError
-from daemonkit.units import SECOND
 from diskd.core import checkpoint
 from diskd.core.checkpoint import Record
 from diskd.core.inventory import Outcome
-from diskd.errors import Refused
 from diskd.shell.checkpoint_records import load_records
 from diskd.shell.checkpoints import Checkpoints
 from diskd.shell.forks import left_behind
@@ -171,7 +167,7 @@ class CheckpointRecovery:
                 image = held.images.get(disk.image)
                 if image is not None and image.overlay is not None:
                     held.disks[disk.name] = FrozenImage(image.image, image.overlay, held.record.point)
-            self._checkpoints.nursery.start_soon(self._expire, held)
+            self._checkpoints.let_stand(held)
             self._checkpoints.nursery.start_soon(self._checkpoints.watch_space, held)
             return
         checkpoints = self._checkpoints
@@ -186,6 +182,7 @@ class CheckpointRecovery:
 
     async def _abandon(self, held: Held, outcome: Outcome) -> None:
         if held.record.state == "preparing":
+            await self._checkpoints.hooks(held).thaw_after_crash()
             async with held.lock:
                 self._checkpoints.start_merging(held, "the checkpoint never came about")
                 await self._checkpoints.persist(held, checkpoint.advance(held.record, "end", outcome))
@@ -193,13 +190,6 @@ class CheckpointRecovery:
             await self._checkpoints.end_held(held, outcome)
         else:
             await self._checkpoints.settle_points(held)
-
-    async def _expire(self, held: Held) -> None:
-        await trio.sleep(self._checkpoints.resume_timeout_ns / SECOND)
-        if held.record.is_standing and held.lost is None:
-            log.warning("checkpoint.expired", checkpoint=held.record.checkpoint)
-            with contextlib.suppress(Refused):
-                await self._checkpoints.end(held.record.checkpoint, "discard")
 
 
 def _names(record: Record, image: OpenImage) -> bool:

@@ -14,13 +14,17 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
+import attrs
 import structlog
 import trio
 
 from daemonkit.diskd_api import BackupDisk
 from daemonkit.errors import HoldfastError
+from daemonkit.hooks import hooks_of
+from daemonkit.units import SECOND
 from diskd.core import checkpoint
 from diskd.core.checkpoint import Record, RecordDisk
+from diskd.core.hooks import CRASH
 from diskd.core.inventory import (
     CheckpointInfo,
     HeldBy,
@@ -32,13 +36,13 @@ from diskd.shell.checkpoint_records import make_directory
 from diskd.shell.forks import Forks
 from diskd.shell.frozen import FrozenImage
 from diskd.shell.held import Held, Invalidate, StandingCheckpoint, check_request, describe, refuse_standing
+from diskd.shell.hooks import HookRunner, HookSettings
 from diskd.shell.insistence import Action, Insistence
 from diskd.shell.open_image import OpenImage
 from diskd.shell.overlay import OverlayLayer
 
 log = structlog.get_logger()
 
-CONSISTENCY: Final = "crash"  # no quiesce hook runs; a guest's journal makes it whole again
 # Undoing a begin is a few small durable steps; beyond this the next start does it.
 _UNDO_SECONDS: Final = 30.0
 
@@ -53,6 +57,7 @@ class Checkpoints:
         forks: Forks,
         resume_timeout_ns: int,
         daemon: str,
+        hooks: HookSettings,
         *,
         nursery_that_outlives_calls: trio.Nursery,
     ) -> None:
@@ -60,6 +65,7 @@ class Checkpoints:
         self.images = images
         self.resume_timeout_ns = resume_timeout_ns
         self._daemon = daemon
+        self._hooks = hooks
         self.forks = forks
         self.nursery = nursery_that_outlives_calls
         self._insistence = Insistence(nursery_that_outlives_calls=nursery_that_outlives_calls)
@@ -116,9 +122,17 @@ class Checkpoints:
     # --- begin -----------------------------------------------------------------------------------------
 
     async def begin(
-        self, vm: str, disks: list[BackupDisk], config: str, held_by: HeldBy, target: str | None
+        self,
+        vm: str,
+        disks: list[BackupDisk],
+        config: str,
+        held_by: HeldBy,
+        target: str | None,
+        *,
+        allow_crash_consistent: bool,
     ) -> StandingCheckpoint:
         """Library.begin_checkpoint."""
+        hooks_of(config)  # refused before anything is done
         images = check_request(self.images, vm, disks, config)
         identifier = f"cp-{secrets.token_hex(8)}"
         claims = [f"vm {vm}", *(f"image {name}" for name in images)]
@@ -128,45 +142,34 @@ class Checkpoints:
         refuse_standing(self.held.values(), vm, images)
         self._beginning.update(dict.fromkeys(claims, identifier))
         try:
+            await self._abandon_deserted(vm, images, identifier)
             while any(image.overlay is not None for image in images.values()):
                 for name, image in images.items():
                     if image.stuck is not None:
                         raise Refused(f"image {name} cannot be merged: {image.stuck}; reopen it")
                 await self._changed.wait()
             await self._require_room(images)
-            return await self._begin(identifier, vm, disks, config, held_by, target, images)
+            record = _new_record(identifier, vm, disks, config, held_by, target, images)
+            return await self._begin(record, images, allow_crash_consistent=allow_crash_consistent)
         except OSError as error:
             raise Refused(f"the checkpoint cannot begin: {error}") from error
         finally:
             for claim in claims:
                 del self._beginning[claim]
 
+    async def _abandon_deserted(self, vm: str, images: Mapping[str, OpenImage], by: str) -> None:
+        for held in [held for held in self.held.values() if held.is_deserted]:
+            if held.record.vm == vm or not images.keys().isdisjoint(held.images):
+                log.info("checkpoint.abandoned", checkpoint=held.record.checkpoint, by=by)
+                await self.end(held.record.checkpoint, checkpoint.given_up(held.record))
+
     async def _begin(
-        self,
-        identifier: str,
-        vm: str,
-        disks: list[BackupDisk],
-        config: str,
-        held_by: HeldBy,
-        target: str | None,
-        images: dict[str, OpenImage],
+        self, record: Record, images: dict[str, OpenImage], *, allow_crash_consistent: bool
     ) -> StandingCheckpoint:
-        uuids = {name: str(image.image.uuid) for name, image in images.items()}
-        record = Record(
-            identifier,
-            vm,
-            f"rp-{secrets.token_hex(8)}",
-            held_by,
-            CONSISTENCY,
-            time.time_ns(),
-            config,
-            [RecordDisk(disk.name, disk.image, uuids[disk.image]) for disk in disks],
-            target=target,
-        )
         held = Held(record, await make_directory(self.directory, record, self._daemon), images)
-        self.held[identifier] = held
+        self.held[record.checkpoint] = held
         try:
-            await self._fork(held)
+            await self._fork(held, allow_crash_consistent=allow_crash_consistent)
             self.nursery.start_soon(self.watch_space, held)
             for image in images.values():
                 await image.image.persist_cut()
@@ -180,7 +183,7 @@ class Checkpoints:
             with trio.move_on_after(_UNDO_SECONDS, shield=True):
                 await self._undo(held)
             raise
-        log.info("checkpoint.sealed", checkpoint=identifier, vm=vm, point=record.point)
+        log.info("checkpoint.sealed", checkpoint=record.checkpoint, vm=record.vm, point=record.point)
         return StandingCheckpoint(self, held)
 
     async def _require_room(self, images: dict[str, OpenImage]) -> None:
@@ -198,29 +201,41 @@ class Checkpoints:
             give_up=self.invalidator(held),
         )
 
-    async def _fork(self, held: Held) -> None:
-        """AVHDs, maps and bitmaps first; then the cut of all disks in one step under the hold."""
+    async def _fork(self, held: Held, *, allow_crash_consistent: bool) -> None:
+        """AVHDs, maps and bitmaps first; then the guest is quieted, and all disks cut in one step under the
+        hold."""
         overlays: dict[str, OverlayLayer] = {}
         try:
             for name, image in held.images.items():
                 await image.image.prepare_cut()
                 overlays[name] = await self.forks.make(image, held.record.checkpoint, self.invalidator(held))
-            disks = {disk.image: disk.name for disk in held.record.disks}
-            async with contextlib.AsyncExitStack() as stack:
-                for image in held.images.values():
-                    await stack.enter_async_context(image.image.held())
-                # From here to the end of the hold nothing waits, and nothing can fail half-way.
-                for name, image in held.images.items():
-                    image.image.freeze(held.record.point)
-                    image.image.layer = image.overlay = overlays[name]
-                    image.checkpoint = held.record.checkpoint
-                    held.disks[disks[name]] = FrozenImage(image.image, overlays[name], held.record.point)
+            hooks = self.hooks(held)
+            async with hooks.quiesced(allow_crash_consistent=allow_crash_consistent) as quiesced:
+                await self._cut(held, overlays)
+            held.record = attrs.evolve(held.record, consistency=quiesced.consistency)
         except BaseException:
             with trio.move_on_after(_UNDO_SECONDS, shield=True):
                 for name, overlay in overlays.items():
                     if held.images[name].overlay is not overlay:
                         await overlay.dispose()
             raise
+
+    async def _cut(self, held: Held, overlays: dict[str, OverlayLayer]) -> None:
+        disks = {disk.image: disk.name for disk in held.record.disks}
+        async with contextlib.AsyncExitStack() as stack:
+            for image in held.images.values():
+                await stack.enter_async_context(image.image.held())
+            # From here to the end of the hold nothing waits, and nothing can fail half-way.
+            for name, image in held.images.items():
+                image.image.freeze(held.record.point)
+                image.image.layer = image.overlay = overlays[name]
+                image.checkpoint = held.record.checkpoint
+                held.disks[disks[name]] = FrozenImage(image.image, overlays[name], held.record.point)
+
+    def hooks(self, held: Held) -> HookRunner:
+        """Of the VM, for this checkpoint."""
+        record = held.record
+        return HookRunner(self._hooks, hooks_of(record.config), record.vm, record.checkpoint)
 
     async def _undo(self, held: Held) -> None:
         """A begin failed: as if it had not been tried. What cannot be done now, the next start does."""
@@ -314,6 +329,46 @@ class Checkpoints:
         except OSError as error:
             raise Refused(f"the end of checkpoint {identifier} cannot be recorded: {error}") from error
 
+    async def suspend(self, identifier: str) -> None:
+        """FrozenVm.suspend."""
+        held = self.find(identifier)
+        if held.record.state == "sealed" and not held.invalid:
+            self.let_stand(held)
+        else:
+            await self.end(identifier, checkpoint.given_up(held.record))
+
+    def let_stand(self, held: Held) -> None:
+        """Nobody holds it from now on: it is given up unless somebody comes back in time."""
+        token = held.idle = object()
+
+        async def expire() -> None:
+            await trio.sleep(self.resume_timeout_ns / SECOND)
+            if held.idle is token and held.record.is_standing and held.lost is None:
+                log.warning("checkpoint.expired", checkpoint=held.record.checkpoint)
+                with contextlib.suppress(Refused):
+                    await self.end(held.record.checkpoint, checkpoint.given_up(held.record))
+
+        self.nursery.start_soon(expire)
+
+    def resume(self, vm: str) -> StandingCheckpoint:
+        """Hold the checkpoint again that a backup of this VM left standing. Raises Refused."""
+        for held in self.held.values():
+            if held.record.vm != vm or held.record.held_by != "backup" or not held.record.is_standing:
+                continue
+            if held.invalid or held.incomplete:
+                raise Refused(
+                    f"checkpoint {held.record.checkpoint} of {vm} is no longer good; back up again without"
+                    " --resume"
+                )
+            if held.idle is None:
+                raise Refused(f"checkpoint {held.record.checkpoint} of {vm} is held by a backup that runs")
+            held.idle = None
+            return StandingCheckpoint(self, held)
+        raise Refused(
+            f"no interrupted backup of {vm} stands here (it does for checkpoint_resume_timeout): back up"
+            " again without --resume; the changes are still tracked"
+        )
+
     async def end_held(self, held: Held, outcome: Outcome) -> None:
         """Raises OSError: then its frozen view has ended all the same, so that its space comes back (B2)."""
         async with held.lock:
@@ -403,3 +458,26 @@ class Checkpoints:
     def _notify(self) -> None:
         self._changed.set()
         self._changed = trio.Event()
+
+
+def _new_record(
+    identifier: str,
+    vm: str,
+    disks: list[BackupDisk],
+    config: str,
+    held_by: HeldBy,
+    target: str | None,
+    images: Mapping[str, OpenImage],
+) -> Record:
+    """Whether the guest was quiet at the cut is known after it."""
+    return Record(
+        identifier,
+        vm,
+        f"rp-{secrets.token_hex(8)}",
+        held_by,
+        CRASH,
+        time.time_ns(),
+        config,
+        [RecordDisk(disk.name, disk.image, str(images[disk.image].image.uuid)) for disk in disks],
+        target=target,
+    )

@@ -30,8 +30,14 @@ class Held:
     invalid: bool = False
     incomplete: bool = False  # an image of it is damaged: its next opening goes on
     lost: str | None = None  # why it is no longer this daemon's: an image of it is not
+    idle: object | None = None  # since when nobody holds it: a token of that moment
     merging: set[str] = attrs.field(factory=set)
     lock: trio.Lock = attrs.field(factory=trio.Lock)  # one change of the record at a time
+
+    @property
+    def is_deserted(self) -> bool:
+        """It stands for a backup that may go on; a new one need not wait for that."""
+        return self.idle is not None and self.record.held_by == "backup" and self.record.state == "sealed"
 
     def require_ours(self) -> None:
         """Raises OSError once the record is another daemon's to change."""
@@ -45,6 +51,7 @@ class Owner(Protocol):
     def pending(self, vm: str, target: str) -> list[str]: ...
     async def settle(self, vm: str, point: str, *, committed: bool) -> None: ...
     async def end(self, identifier: str, outcome: Outcome) -> None: ...
+    async def suspend(self, identifier: str) -> None: ...
 
 
 class StandingCheckpoint:
@@ -75,6 +82,10 @@ class StandingCheckpoint:
         return self._held.record.consistency
 
     @property
+    def target(self) -> str | None:
+        return self._held.record.target
+
+    @property
     def disks(self) -> dict[str, FrozenDisk]:
         return dict(self._held.disks)
 
@@ -86,6 +97,9 @@ class StandingCheckpoint:
 
     async def end(self, outcome: Outcome) -> None:
         await self._owner.end(self.checkpoint, outcome)
+
+    async def suspend(self) -> None:
+        await self._owner.suspend(self.checkpoint)
 
 
 def describe(held: Held) -> CheckpointInfo:
@@ -126,9 +140,11 @@ def check_request(
 
 
 def refuse_standing(everything: Iterable[Held], vm: str, images: Mapping[str, OpenImage]) -> None:
-    """Raises Refused where a checkpoint of this VM or of one of these images is held."""
+    """Raises Refused where somebody holds a checkpoint of this VM or of one of these images."""
     for held in everything:
-        if held.record.is_standing and (held.record.vm == vm or not images.keys().isdisjoint(held.images)):
+        if held.is_deserted or not held.record.is_standing:
+            continue
+        if held.record.vm == vm or not images.keys().isdisjoint(held.images):
             raise Refused(
                 f"checkpoint {held.record.checkpoint} of VM {held.record.vm} is held "
                 f"({held.record.held_by}): end it first (diskctl checkpoint end {held.record.checkpoint})"

@@ -33,6 +33,7 @@ from diskd.shell import daemons
 from diskd.shell.checkpoints import Checkpoints
 from diskd.shell.exports import Exports
 from diskd.shell.forks import Forks
+from diskd.shell.hooks import HookSettings
 from diskd.shell.image import ImageSettings, Writer
 from diskd.shell.images import STOP_SECONDS, Images
 from diskd.shell.imports import Progress, fill_from_file, fill_from_stream
@@ -75,6 +76,7 @@ class Library:
             Forks(image_settings.shared_dir, me.boot_id, overlay_settings),
             settings.checkpoint_resume_timeout_ns,
             me.name,
+            HookSettings(settings.hooks_dir, settings.hook_timeout_ns),
             nursery_that_outlives_calls=nursery_that_outlives_calls,
         )
         self._lives = Images(
@@ -230,13 +232,22 @@ class Library:
         *,
         held_by: HeldBy = "backup",
         target: str | None = None,
+        allow_crash_consistent: bool = False,
     ) -> FrozenVm:
         """Fork all disks of the VM at one instant (B1); waits for an earlier merge of the same images.
 
-        Refused while a live backup or ``checkpoint begin`` holds a checkpoint of this VM or these images.
+        Refused while a live backup or ``checkpoint begin`` holds a checkpoint of this VM or these images, and
+        where one of the hooks of ``config`` fails, unless a crash-consistent point is good enough.
         If the caller dies without ``end``, its owner calls ``FrozenVm.end("discard")`` or ``("pending")``.
         """
-        return await self._checkpoints.begin(vm, disks, config, held_by, target)
+        return await self._checkpoints.begin(
+            vm, disks, config, held_by, target, allow_crash_consistent=allow_crash_consistent
+        )
+
+    async def resume_checkpoint(self, vm: str) -> FrozenVm:
+        """The checkpoint that an interrupted backup of this VM left standing, also over a restart. Raises
+        Refused with the remedy where there is none."""
+        return self._checkpoints.resume(vm)
 
     async def end_checkpoint(self, checkpoint: str, outcome: Outcome) -> None:
         """``diskctl checkpoint end``: FrozenVm.end by id."""
