@@ -29,6 +29,7 @@ def test_what_is_hunted() -> None:
         "merging",
         "killed",
         "power-loss",
+        "backups",
     ]
 
 

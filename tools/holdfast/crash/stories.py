@@ -7,13 +7,14 @@ from typing import Final
 
 import trio
 
-from holdfast.crash import story
+from holdfast.crash import rounds, story
 
 LIVES: Final = 6
 
 _STORIES: Final[dict[str, Callable[[int, int], Awaitable[Counter[str]]]]] = {
     "killed": partial(story.play, can_lose_power=False),
     "power-loss": partial(story.play, can_lose_power=True),
+    "backups": rounds.play,
 }
 NAMES: Final = tuple(_STORIES)
 
