@@ -14,11 +14,17 @@ BackupMode = Literal["auto", "full", "since", "resume"]
 
 @attrs.frozen
 class LeaseRequest:
-    """``holder`` is an id of the run, for example ``n1/web``: shown, and compared on equal epochs."""
+    """``holder`` is an id of the run, for example ``n1/web``: shown, and compared on equal epochs.
+
+    ``dead_boots``, with lease.acquire: an image that is with another diskd of the same storage is brought
+    here first. A living diskd is asked to hand it over, fencing every older epoch there; from a dead one it
+    is taken if its host is this one, or was proven dead under one of these boot ids. None: it must be here.
+    """
 
     image: str
     epoch: int
     holder: str
+    dead_boots: list[str] | None = None
 
 
 @attrs.frozen
@@ -47,7 +53,8 @@ class ImageNames:
 
 @attrs.frozen
 class Activity:
-    """What diskd saw of one image: evidence of life, never decisive."""
+    """What diskd saw of one image: evidence of life, never decisive. Of an image that another diskd of the
+    same storage has, only its lease is known."""
 
     image: str
     epoch: int

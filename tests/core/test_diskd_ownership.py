@@ -64,6 +64,20 @@ def test_another_hosts_name_is_no_word_on_this_one():
         )
 
 
+def test_a_proof_of_death_counts_for_that_very_boot():
+    for owner, dead, verdict in (
+        (record(OTHER), {"boot9"}, "open"),
+        (record(NAMESAKE), {"boot9", "boot3"}, "open"),
+        (record(OTHER), {"boot8"}, "refuse_other_host"),
+        (record(OTHER), {"host2", "machine2"}, "refuse_other_host"),
+        (record(OTHER), set(), "refuse_other_host"),
+    ):
+        decided = ownership.decide(owner, ME, lock_is_free=True, wish="open", dead_boots=dead)
+        assert decided == verdict
+        held = ownership.decide(owner, ME, lock_is_free=False, wish="open", dead_boots=dead)
+        assert held == "refuse_held"
+
+
 def test_a_refusal_names_the_holder_and_what_to_do():
     held = ownership.refusal("web", "refuse_held", record(OTHER), "10.0.0.2:10810", None)
     assert "served by diskd n2 on host host2 (since 2001-09-09 01:46:40Z, control 10.0.0.2:10810)" in held

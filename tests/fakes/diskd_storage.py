@@ -34,6 +34,10 @@ class Host:
         self._machine_id.write_text(f"{uuid.uuid4().hex}\n")
         self._boot_id.write_text(f"{uuid.uuid4()}\n")
 
+    @property
+    def boot_id(self) -> str:
+        return self._boot_id.read_text().strip()
+
     def reboot(self) -> None:
         self._boot_id.write_text(f"{uuid.uuid4()}\n")
         for path in self.shared.iterdir():
@@ -139,6 +143,13 @@ class Control:
 
     async def acquire(self, image: str, epoch: int, holder: str = "n/web") -> None:
         await self.ask(LEASE_ACQUIRE, LeaseRequest(image, epoch, holder))
+
+    async def take(self, image: str, epoch: int, *dead_boots: str) -> None:
+        """As clusterd does for a run that it starts on this daemon's host."""
+        await self.ask(LEASE_ACQUIRE, LeaseRequest(image, epoch, "n/web", list(dead_boots)))
+
+    async def refuses_take(self, image: str, epoch: int, *dead_boots: str, holder: str = "n/web") -> str:
+        return await self.refuses(LEASE_ACQUIRE, LeaseRequest(image, epoch, holder, list(dead_boots)))
 
     async def refuses_acquire(self, image: str, epoch: int, holder: str = "x") -> str:
         return await self.refuses(LEASE_ACQUIRE, LeaseRequest(image, epoch, holder))

@@ -7,7 +7,7 @@ from typing import Final, Literal
 
 import attrs
 
-from daemonkit.diskd_api import BackupDisk, ImageName
+from daemonkit.diskd_api import BackupDisk, ImageName, LeaseRequest
 from daemonkit.methods import Method
 from diskd.core.inventory import ChangesInfo, CheckpointInfo, ImageInfo, PointInfo
 
@@ -148,6 +148,7 @@ IMAGE_LIST: Final = Method("image.list", Nothing, ImageList)
 IMAGE_SHOW: Final = Method("image.show", ImageName, ImageInfo)
 IMAGE_RELEASE: Final = Method("image.release", ImageName, ImageInfo)
 IMAGE_OPEN: Final = Method("image.open", OpenImage, ImageInfo)
+IMAGE_HAND_OVER: Final = Method("image.hand_over", LeaseRequest, Nothing)
 POINT_LIST: Final = Method("point.list", ImageName, PointList)
 POINT_DELETE: Final = Method("point.delete", PointName, Nothing)
 CHANGES: Final = Method("changes", PointName, ChangesInfo)

@@ -19,6 +19,7 @@ back, is known as such (``check_lease``), and a daemon that has lost the image c
 """
 
 import re
+from collections.abc import Collection
 from datetime import UTC, datetime
 from typing import Final, Literal
 
@@ -111,17 +112,25 @@ def relation(owner: Owner | None, me: Daemon) -> Relation:
 
 
 def decide(
-    owner: Owner | None, me: Daemon, *, lock_is_free: bool, wish: Wish, fenced: str | None = None
+    owner: Owner | None,
+    me: Daemon,
+    *,
+    lock_is_free: bool,
+    wish: Wish,
+    fenced: str | None = None,
+    dead_boots: Collection[str] = (),
 ) -> Verdict:
-    """Whether this daemon opens an image. ``fenced``: the host that the operator says cannot write any more.
+    """Whether this daemon opens an image. ``fenced``: the host that the operator says cannot write any more;
+    ``dead_boots``: boot ids under which hosts were proven dead.
 
     A held lock is never overruled: whoever holds it lives.
     """
     if not lock_is_free:
         return "leave" if wish == "start" else "refuse_held"
     verdict = _TABLE[relation(owner, me), wish]
-    if verdict == "refuse_other_host" and owner is not None and fenced == owner.daemon.host:
-        return "open"
+    if verdict == "refuse_other_host" and owner is not None:
+        daemon = owner.daemon
+        return "open" if fenced == daemon.host or daemon.boot_id in dead_boots else verdict
     return verdict
 
 

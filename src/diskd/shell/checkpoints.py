@@ -112,6 +112,10 @@ class Checkpoints:
         infos = (describe(held) for held in self.held.values())
         return [info.exports[image] for info in infos if image in info.exports]
 
+    def is_beginning(self, image: str) -> bool:
+        """Whether a checkpoint of this image is being made, or waits for a merge to be."""
+        return f"image {image}" in self._beginning
+
     def using(self, image: str) -> str | None:
         """The checkpoint that an image belongs to until it is merged."""
         for held in self.held.values():

@@ -55,6 +55,7 @@ class Control:
         registry.add(api.IMAGE_DELETE, self._image_delete)
         registry.add(calls.IMAGE_RELEASE, self._image_release)
         registry.add(calls.IMAGE_OPEN, self._image_open)
+        registry.add(calls.IMAGE_HAND_OVER, self._image_hand_over)
         registry.add(calls.POINT_LIST, self._point_list)
         registry.add(calls.POINT_DELETE, self._point_delete)
         registry.add(calls.CHANGES, self._changes)
@@ -66,7 +67,9 @@ class Control:
     # --- leases
 
     async def _lease_acquire(self, params: api.LeaseRequest, _call: Call) -> api.Lease:
-        return await self._library.acquire_lease(params.image, params.epoch, params.holder)
+        return await self._library.acquire_lease(
+            params.image, params.epoch, params.holder, dead_boots=params.dead_boots
+        )
 
     async def _lease_prepare(self, params: api.LeaseRequest, _call: Call) -> api.Lease:
         return await self._library.prepare_lease(params.image, params.epoch, params.holder)
@@ -104,6 +107,10 @@ class Control:
         return await self._library.open_image(
             params.image, fenced=params.fenced, lost_lease=params.lost_lease
         )
+
+    async def _image_hand_over(self, params: api.LeaseRequest, _call: Call) -> calls.Nothing:
+        await self._library.hand_over(params.image, params.epoch, params.holder)
+        return calls.Nothing()
 
     # --- points, changes, checkpoints
 

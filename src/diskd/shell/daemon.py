@@ -98,7 +98,7 @@ async def _serve(
             register_audit(registry, library, key=keys[0] if keys else None)
             register_restore(registry, library, key=keys[0] if keys else None)
             control = await listeners.start(partial(serve, registry, listen.control, keys=keys))
-            library.announce(str(control))
+            library.announce(str(control), keys[0] if keys else None)
             announce_ready(control=str(control), nbd=listening.nbd, nbd_socket=listening.nbd_socket)
             log.info("daemon.ready", root=str(root), control=str(control), nbd=listening.nbd)
             number = await anext(signals)

@@ -14,6 +14,7 @@ from diskd.core.geometry import IMAGE_TOML, RAW, Identity, decode_identity
 from diskd.core.inventory import NAME_PATTERN, ImageInfo, OwnerInfo
 from diskd.core.lease import LeaseState
 from diskd.core.steps import Script
+from diskd.errors import Refused
 from diskd.shell import live_map
 from diskd.shell.files import Files
 from diskd.shell.shared_memory import SharedDirectory
@@ -59,6 +60,17 @@ def describe(directory: Path, state: ClosedState, reason: str, owner: OwnerInfo 
         points=0,
         owner=owner,
     )
+
+
+def lease_of(directory: Path) -> LeaseState:
+    """Of an image that is open elsewhere. Raises Refused."""
+    files = Files(directory)
+    try:
+        return files.run_blocking(lease.load())
+    except OSError as error:
+        raise Refused(f"image {directory.name}: its lease cannot be read: {error}") from error
+    finally:
+        files.close()
 
 
 def uuid_of(directory: Path) -> str | None:

@@ -21,6 +21,7 @@ from daemonkit.units import format_size
 from diskd.core import lease
 from diskd.core.geometry import BLOCK_BYTES_DEFAULT, RAW, REGION_BYTES_DEFAULT, Geometry, Identity
 from diskd.core.inventory import NAME_PATTERN, ImageInfo, check_name
+from diskd.core.lease import LeaseState
 from diskd.core.ownership import Lost, Owner
 from diskd.errors import Refused
 from diskd.shell import directories, owning, resizing
@@ -314,6 +315,32 @@ class Images:
                 raise Refused(f"image {name} could not be closed cleanly: {error}") from error
             log.info("image.released", image=name)
             return self.show(name)
+
+    async def hand_over(self, name: str, epoch: int, holder: str) -> None:
+        """To another daemon, for a new run: every older one is fenced here first. Its checkpoint goes along
+        as it stands, as at a restart. Raises Refused."""
+        with self._working_on(name):
+            image = self.find(name)
+            await image.change_lease(lease.acquire, epoch, holder)
+            if self._checkpoints.is_beginning(name):
+                raise Refused(f"a checkpoint of image {name} is just beginning: ask again")
+            reason = f"image {name} was handed over to {holder}"
+            del self._opened[name]
+            self._recovery.detach(image, reason)
+            await image.stop_merging(reason)
+            if image.image.failure is not None:
+                self._broken[name] = image.image.failure
+            try:
+                await image.close("released")
+            except OSError as error:
+                self._broken[name] = str(error)
+                raise Refused(f"image {name} could not be closed cleanly: {error}") from error
+            log.info("image.handed_over", image=name, epoch=epoch, holder=holder)
+
+    def lease_elsewhere(self, name: str) -> LeaseState:
+        """As the storage has it, of an image that is not open here. Raises Refused."""
+        self._whose(name)
+        return directories.lease_of(self._directory / name)
 
     async def open(self, name: str, order: Order) -> ImageInfo:
         """Serve an image that is released, was damaged and is repaired, or is a dead daemon's."""

@@ -8,14 +8,14 @@ ROOT/checkpoints/ID/            one checkpoint's record; whoever has its images 
 """
 
 import os
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 
 import trio
 
 from daemonkit import durable
-from daemonkit.diskd_api import ActivityReport, BackupDisk, Lease
+from daemonkit.diskd_api import Activity, ActivityReport, BackupDisk, Lease
 from diskd.core import lease
 from diskd.core.inventory import (
     ChangesInfo,
@@ -33,6 +33,7 @@ from diskd.shell import daemons
 from diskd.shell.checkpoints import Checkpoints
 from diskd.shell.exports import Exports
 from diskd.shell.forks import Forks
+from diskd.shell.handover import bring_here
 from diskd.shell.hooks import HookSettings
 from diskd.shell.image import ImageSettings, Writer
 from diskd.shell.images import STOP_SECONDS, Images
@@ -63,6 +64,7 @@ class Library:
         me = me or daemons.identify(settings, image_settings.boot_id_file)
         self._root = root
         self._me = me
+        self._key: bytes | None = None
         self._images: dict[str, OpenImage] = {}
         overlay_settings = OverlaySettings(
             settings.merge_batch_bytes,
@@ -154,13 +156,31 @@ class Library:
 
     def activity(self, images: list[str]) -> ActivityReport:
         """daemonkit.diskd_api.IMAGE_ACTIVITY."""
-        known = [self._images[name].activity() for name in images if name in self._images]
-        return ActivityReport(known, [name for name in images if name not in self._images])
+        known: list[Activity] = []
+        unknown: list[str] = []
+        for name in images:
+            try:
+                known.append(self._activity(name))
+            except Refused:
+                unknown.append(name)
+        return ActivityReport(known, unknown)
+
+    def _activity(self, name: str) -> Activity:
+        """Raises Refused."""
+        if name in self._images:
+            return self._images[name].activity()
+        lease = self.lease(name)
+        return Activity(name, lease.epoch, None if lease.released else lease.holder, 0, None)
 
     # --- leases (S1) -------------------------------------------------------------------------------
 
-    async def acquire_lease(self, image: str, epoch: int, holder: str) -> Lease:
-        """Answers once the epoch is durable and every call of older epochs is finished and dropped."""
+    async def acquire_lease(
+        self, image: str, epoch: int, holder: str, *, dead_boots: Collection[str] | None = None
+    ) -> Lease:
+        """Answers once the epoch is durable and every call of older epochs is finished and dropped.
+        ``dead_boots`` as in daemonkit.diskd_api.LeaseRequest."""
+        if dead_boots is not None and image not in self._images:
+            await bring_here(self._lives, image, epoch, holder, dead_boots, self._key)
         return await self._change_lease(image, lease.acquire, epoch, holder)
 
     async def prepare_lease(self, image: str, epoch: int, holder: str) -> Lease:
@@ -182,8 +202,14 @@ class Library:
             raise Refused(f"the lease of image {image} could not be made durable: {error}") from error
 
     def lease(self, image: str) -> Lease:
-        """The newest lease."""
-        return self._lives.find(image).show_lease()
+        """The newest lease, also of an image that another daemon of the storage has."""
+        if image in self._images:
+            return self._images[image].show_lease()
+        return self._lives.lease_elsewhere(image).show(image)
+
+    async def hand_over(self, image: str, epoch: int, holder: str) -> None:
+        """Let another daemon have it, for a run under a higher epoch."""
+        await self._lives.hand_over(image, epoch, holder)
 
     # --- points and changes ------------------------------------------------------------------------
 
@@ -261,8 +287,9 @@ class Library:
         """Every checkpoint that has a record, oldest first, pending ones included."""
         return self._checkpoints.infos()
 
-    def announce(self, control: str) -> None:
-        """Tell other daemons of this root where this one answers."""
+    def announce(self, control: str, key: bytes | None) -> None:
+        """Tell other daemons of this root where this one answers. ``key``: to be let in by them."""
+        self._key = key
         try:
             daemons.announce(self._root / "daemons", self._me, control)
         except OSError as error:

@@ -108,12 +108,16 @@ class OpenImage:
         for session in sessions:
             if session.writer is not None:
                 await self.image.drain(session.writer)
+        await self.stop_merging(reason)
+        async with self._lock, self.image.flush_turn, self.image.catalogue_turn, self.image.commit_turn:
+            self.abandon()
+
+    async def stop_merging(self, reason: str) -> None:
+        """Return when nothing is merged any more; whoever has the image next goes on."""
         while self._merges:
             scope, ended = self._merges[-1]
             scope.cancel(reason=reason)
             await ended.wait()
-        async with self._lock, self.image.flush_turn, self.image.catalogue_turn, self.image.commit_turn:
-            self.abandon()
 
     @contextlib.contextmanager
     def merging(self) -> Iterator[None]:

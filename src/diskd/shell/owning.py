@@ -27,7 +27,12 @@ log = structlog.get_logger()
 
 
 class NotOurs(Refused):
-    """The image is not this daemon's to open; the message names whose it is."""
+    """The image is not this daemon's to open; the message names whose it is, and ``control`` where that one
+    answers."""
+
+    def __init__(self, message: str, control: str | None) -> None:
+        super().__init__(message)
+        self.control = control
 
 
 @attrs.frozen
@@ -45,11 +50,13 @@ class Claimant:
 @attrs.frozen
 class Order:
     """How an image is to be opened. ``fenced``: a host that the operator says cannot write any more;
-    ``lost_lease``: he also says that no run can reach the image, whose lease is lost."""
+    ``dead_boots``: boot ids of hosts that a cluster has proven dead; ``lost_lease``: the operator says that
+    no run can reach the image, whose lease is lost."""
 
     wish: Wish = "open"
     fenced: str | None = None
     lost_lease: bool = False
+    dead_boots: frozenset[str] = frozenset()
 
 
 AT_START = Order("start")
@@ -186,13 +193,19 @@ class Ownership:
 def _require(name: str, owner: Owner | None, claimant: Claimant, order: Order, *, free: bool) -> None:
     """Raises NotOurs."""
     verdict: Verdict = ownership.decide(
-        owner, claimant.me, lock_is_free=free, wish=order.wish, fenced=order.fenced
+        owner,
+        claimant.me,
+        lock_is_free=free,
+        wish=order.wish,
+        fenced=order.fenced,
+        dead_boots=order.dead_boots,
     )
+    control = claimant.control_of(owner)
     if verdict == "open":
         return
     if verdict == "leave":
-        raise NotOurs(f"image {name} is {explain(owner, claimant)[1]}")
-    raise NotOurs(ownership.refusal(name, verdict, owner, claimant.control_of(owner), order.fenced))
+        raise NotOurs(f"image {name} is {explain(owner, claimant)[1]}", control)
+    raise NotOurs(ownership.refusal(name, verdict, owner, control, order.fenced), control)
 
 
 def explain(owner: Owner | None, claimant: Claimant) -> tuple[Literal["released", "elsewhere"], str]:
