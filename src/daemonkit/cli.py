@@ -4,6 +4,7 @@ Exit codes (DESIGN.md section 9): 0 done, 1 refused or failed with one line on s
 """
 
 import faulthandler
+import importlib
 import json
 import os
 import re
@@ -20,7 +21,6 @@ from daemonkit.errors import HoldfastError, OperatorError
 from daemonkit.methods import Method
 from daemonkit.ports import Address
 from daemonkit.rpc import CallFailed, connect
-from daemonkit.service import notify_ready, watched
 from daemonkit.units import UnitError, parse_duration, parse_size
 
 P = TypeVar("P")
@@ -43,6 +43,27 @@ class _Quantity(click.ParamType[Any]):
             return self._parse(value)
         except (UnitError, HoldfastError) as error:
             self.fail(str(error), param, ctx)
+
+
+class LazyGroup(click.Group):
+    """A group whose verbs are imported when they are used: ``MODULE:NAME`` by the verb's name.
+
+    A command line is started for one verb, and what the others need is most of the time until it begins.
+    """
+
+    def __init__(self, *args: Any, verbs: dict[str, str], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._verbs = verbs
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted({*super().list_commands(ctx), *self._verbs})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name in self._verbs:
+            module, _, name = self._verbs[cmd_name].partition(":")
+            self.add_command(getattr(importlib.import_module(module), name), cmd_name)
+            del self._verbs[cmd_name]
+        return super().get_command(ctx, cmd_name)
 
 
 DURATION = _Quantity("duration", parse_duration)
@@ -114,6 +135,8 @@ def print_json(value: Any) -> None:
 def announce_ready(**facts: Any) -> None:
     """The one line a daemon writes to stdout: JSON, once it serves, with the addresses it is bound to."""
     places = ", ".join(f"{name} {value}" for name, value in facts.items() if isinstance(value, str))
+    from daemonkit.service import notify_ready  # daemons only
+
     notify_ready(f"serving: {places}")
     print(json.dumps({"event": "ready", "pid": os.getpid(), **facts}), flush=True)
 
@@ -153,6 +176,8 @@ async def call_once(
 def run_daemon_async(function: Callable[[], Awaitable[None]]) -> None:
     """As run_async, for a daemon: with signs of life for whoever supervises it."""
     faulthandler.enable()  # SIGABRT, which a watchdog sends, then says what every thread was doing.
+    from daemonkit.service import watched  # daemons only
+
     run_async(lambda: watched(function))
 
 

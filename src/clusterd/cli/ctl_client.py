@@ -10,7 +10,7 @@ import click
 import trio
 
 from clusterd.core.calls import STATUS, Nothing
-from clusterd.core.status import choose_status
+from clusterd.core.status_choice import choose_status
 from daemonkit.cli import CALL_SECONDS_MAX, read_key, run_async
 from daemonkit.errors import OperatorError, UsageError
 from daemonkit.methods import Method

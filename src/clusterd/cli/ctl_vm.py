@@ -7,7 +7,6 @@ from typing import Any
 import click
 
 from clusterd.cli.ctl_client import cluster_of
-from clusterd.config import read_vm_file
 from clusterd.core import calls
 from clusterd.core.commands import FailoverVm, MoveVm, RemoveVm, StartVm, StopVm
 from clusterd.core.types import check_name
@@ -46,6 +45,8 @@ def vm() -> None:
 
 
 def _add(context: click.Context, path: Path, *, replace: bool, start: bool) -> None:
+    from clusterd.config import read_vm_file  # only this verb reads a file
+
     config = read_vm_file(path)
     params = calls.VmFile(config.text, replace=replace, start=start)
     click.echo(cluster_of(context).command(calls.VM_ADD, params).text)

@@ -11,7 +11,7 @@ from typing import Any, Final
 import attrs
 
 from clusterd.core.properties import DEFAULTS, parse_properties
-from clusterd.core.status import choose_status
+from clusterd.core.status_choice import choose_status
 from clusterd.core.types import NAME_PATTERN, NODES_MAX, Admission, Liveness, VmState
 from clusterd.errors import Refused
 from daemonkit.schema import structure

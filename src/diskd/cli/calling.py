@@ -13,6 +13,7 @@ from daemonkit.ports import Address
 P = TypeVar("P")
 R = TypeVar("R")
 
+CONTROL_DEFAULT = "127.0.0.1:10810"
 # Copies and merges take as long as they take; the end of the connection ends the wait at once.
 SECONDS_UNBOUNDED = 1e9
 # A cut waits for writes in flight and durable records, a lease for writes of older epochs: seconds at worst.

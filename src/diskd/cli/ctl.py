@@ -3,22 +3,25 @@
 import attrs
 import click
 
-from daemonkit.cli import ADDRESS, print_json, read_key, run_main
+from daemonkit.cli import ADDRESS, LazyGroup, print_json, read_key, run_main
 from daemonkit.ports import Address
-from diskd.cli import image_copies
-from diskd.cli.backup import backup
-from diskd.cli.calling import Diskd, json_option, pass_diskd
-from diskd.cli.checkpoints import checkpoint
-from diskd.cli.daemon import CONTROL_DEFAULT
-from diskd.cli.export import apply, export
-from diskd.cli.images import image
-from diskd.cli.leases import lease
-from diskd.cli.points import changes, point
-from diskd.cli.target import target
+from diskd.cli.calling import CONTROL_DEFAULT, Diskd, json_option, pass_diskd
 from diskd.core import calls
 
+VERBS = {
+    "apply": "diskd.cli.export:apply",
+    "backup": "diskd.cli.backup:backup",
+    "changes": "diskd.cli.points:changes",
+    "checkpoint": "diskd.cli.checkpoints:checkpoint",
+    "export": "diskd.cli.export:export",
+    "image": "diskd.cli.images:image",
+    "lease": "diskd.cli.leases:lease",
+    "point": "diskd.cli.points:point",
+    "target": "diskd.cli.target:target",
+}
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+
+@click.group(cls=LazyGroup, verbs=VERBS, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--control", type=ADDRESS, envvar="HOLDFAST_DISKD", default=CONTROL_DEFAULT, show_default=True,
               help="Where diskd listens for control calls; HOLDFAST_DISKD stands for it.")  # fmt: skip
 @click.option("--key", metavar="FILE", help="Cluster key; HOLDFAST_KEY_FILE stands for it.")
@@ -51,12 +54,6 @@ def status(diskd: Diskd, as_json: bool) -> None:
     click.echo(f"nbd {found.nbd or '-'}, socket {found.nbd_socket or '-'}, {found.connections} clients")
     for name in found.exports:
         click.echo(f"  {name}")
-
-
-for command in (image_copies.import_, image_copies.export):
-    image.add_command(command)
-for command in (image, lease, point, changes, checkpoint, backup, target, export, apply):
-    group.add_command(command)
 
 
 def main() -> None:

@@ -9,11 +9,11 @@ from daemonkit.cli import ADDRESS, print_json, read_key, run_async, run_daemon_a
 from daemonkit.errors import OperatorError
 from daemonkit.log import LEVELS, set_up
 from daemonkit.ports import Address
+from diskd.cli.calling import CONTROL_DEFAULT
 from diskd.cli.target_daemon import target
 
 # 10809 is NBD's registered port; the control port is its neighbour.
 NBD_DEFAULT = "127.0.0.1:10809"
-CONTROL_DEFAULT = "127.0.0.1:10810"
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})

@@ -5,15 +5,17 @@ from typing import Any
 
 import click
 
-from daemonkit.cli import SIZE, print_json
+from daemonkit.cli import SIZE, LazyGroup, print_json
 from daemonkit.diskd_api import IMAGE_DELETE, DeleteImage, ImageName
 from daemonkit.units import format_size
 from diskd.cli.calling import SECONDS_UNBOUNDED, Diskd, json_option, pass_diskd, print_table
 from diskd.core import calls
 from diskd.core.inventory import ImageInfo, OwnerInfo, SpaceInfo
 
+COPIES = {"import": "diskd.cli.image_copies:import_", "export": "diskd.cli.image_copies:export"}
 
-@click.group()
+
+@click.group(cls=LazyGroup, verbs=COPIES)
 def image() -> None:
     """Make, look at, hand over and remove images."""
 
