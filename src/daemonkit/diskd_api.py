@@ -84,7 +84,8 @@ class BackupRequest:
     """``since`` names the base point where mode is "since". ``config``: the VM file's text, verbatim.
     ``epoch``: of the run whose node asks, or 0: the backup is given up when its disks are leased under a
     newer one, so that nobody who takes the VM over has to wait for it. ``retry_for_ns``: how long a target
-    that was lost on the way is tried again."""
+    that was lost on the way is tried again. ``allow_crash_consistent``: where a hook of ``config`` fails, the
+    backup goes on without."""
 
     vm: str
     disks: list[BackupDisk]
@@ -94,6 +95,7 @@ class BackupRequest:
     since: str | None = None
     epoch: int = 0
     retry_for_ns: int = 0
+    allow_crash_consistent: bool = False
 
 
 @attrs.frozen

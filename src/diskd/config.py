@@ -83,6 +83,10 @@ class Settings:
     host_name: str | None = _setting(None, _Rule("name", may_be_none=True))
     # Together with the boot id it tells this host from others over shared storage. none: /etc/machine-id.
     machine_id_file: str | None = _setting(None, _Rule("path", may_be_none=True))
+    # The only programs that [hooks] of a VM file may name, run as diskd itself. none: no hook is run.
+    hooks_dir: str | None = _setting(None, _Rule("path", may_be_none=True))
+    # A freeze or thaw hook that takes longer is killed. QEMU's guest agent and VSS give up after as long.
+    hook_timeout: int = _setting(10 * SECOND, _Rule("duration", 100 * MILLISECOND, 10 * MINUTE))
     # NBD clients at a time. Each may, when busy, take 128 MiB.
     nbd_connections: int = _setting(512, _Rule("count", 1, 65536))
 
@@ -96,6 +100,8 @@ class Settings:
             merge_batch_bytes=self.merge_batch,
             merge_rate=self.merge_rate,
             low_disk_limit=self.low_disk_limit,
+            hooks_dir=self.hooks_dir,
+            hook_timeout_ns=self.hook_timeout,
             shared_dir=self.shared_dir,
             boot_id_file=self.boot_id_file,
             daemon_name=self.daemon_name,

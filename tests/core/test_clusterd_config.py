@@ -123,7 +123,7 @@ def test_a_window_of_its_own(text: str, period_ns: int) -> None:
         ('"30s"', "true", "is not a duration"),
         ('"30s"', '"30"', "is not a duration"),
         ('["guest", "--disk", "{disk:journal}"]', "[]", "argv needs 1 to"),
-        ("vcpus = 2", "[hooks]\nfreeze = 1", "is not built"),
+        ("vcpus = 2", "[hooks]\nfreeze = 1", "[hooks]: unknown key"),
     ],
 )
 def test_a_wrong_vm_file_is_one_line(old: str, new: str, says: str) -> None:

@@ -16,6 +16,7 @@ from daemonkit.progress import Progress
 from daemonkit.schema import unstructure
 from daemonkit.units import format_size
 from diskd.cli.calling import SECONDS_UNBOUNDED, Diskd, pass_diskd
+from diskd.core.san_calls import SAN_BACKUP, SanBackup
 
 
 @click.command()
@@ -28,13 +29,15 @@ from diskd.cli.calling import SECONDS_UNBOUNDED, Diskd, pass_diskd
               help="The VM's file: kept with the backup; its [[disks]] give the disks' names.")  # fmt: skip
 @click.option("--target", type=ADDRESS, required=True, envvar="HOLDFAST_TARGET",
               help="Where `diskd target` listens; HOLDFAST_TARGET stands for it.")  # fmt: skip
+@click.option("--san", "provider", metavar="PROVIDER",
+              help="Read from a snapshot of the volume, by this provider of diskd's san.toml.")  # fmt: skip
 @click.option("--full", is_flag=True, help="Everything, whatever the target has.")
 @click.option("--since", metavar="POINT", help="The changes since this reference point.")
 @click.option("--resume", is_flag=True, help="Go on with an interrupted backup of the VM.")
 @click.option("--retry-for", type=DURATION, default="2m", show_default=True, metavar="TIME",
               help="How long to try again, from where it stood, a target that was lost.")  # fmt: skip
 @click.option("--allow-crash-consistent", is_flag=True,
-              help="Where a freeze or thaw hook fails, go on: the guest's journal makes it whole.")  # fmt: skip
+              help="Where a freeze or thaw hook fails, go on without.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Lines of JSON: progress, and the result last.")
 @pass_diskd
 def backup(
@@ -44,6 +47,7 @@ def backup(
     more: tuple[str, ...],
     config: Path | None,
     target: Address,
+    provider: str | None,
     full: bool,
     since: str | None,
     resume: bool,
@@ -59,6 +63,9 @@ def backup(
 
     The [hooks] of --config, freeze and thaw, run on diskd's host around the cut: programs in its hooks_dir.
     Where one fails, so does the backup, unless --allow-crash-consistent.
+
+    With --san, diskd takes a snapshot of the volume that holds the images and lets go of the checkpoint at
+    once; the backup is read from the snapshot, which is deleted when it is done.
 
     A target that is lost on the way is tried again for --retry-for. After that, or if this command or diskd
     was killed, --resume goes on from what the target has, within diskd's checkpoint_resume_timeout; a plain
@@ -88,13 +95,20 @@ def backup(
     )
     progress = Progress(as_json)
     try:
-        report = diskd.call(BACKUP_RUN, request, seconds_max=SECONDS_UNBOUNDED, on_progress=progress)
+        report = _ask(diskd, request, provider, progress)
     finally:
         progress.finish()
     if as_json:
         print(json.dumps(unstructure(report)))
     else:
         _print(report)
+
+
+def _ask(diskd: Diskd, request: BackupRequest, provider: str | None, progress: Progress) -> BackupReport:
+    if provider is None:
+        return diskd.call(BACKUP_RUN, request, seconds_max=SECONDS_UNBOUNDED, on_progress=progress)
+    wanted = SanBackup(provider, request)
+    return diskd.call(SAN_BACKUP, wanted, seconds_max=SECONDS_UNBOUNDED, on_progress=progress)
 
 
 def read_config(path: Path) -> str:

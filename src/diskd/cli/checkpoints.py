@@ -21,16 +21,27 @@ def checkpoint() -> None:
 @click.option("--vm", required=True, help="Name of the VM.")
 @click.option("--image", "images", required=True, multiple=True, metavar="NAME...", help="Its images.")
 @click.option("--config", type=click.Path(path_type=Path), metavar="FILE", help="The VM's file.")
+@click.option("--allow-crash-consistent", is_flag=True,
+              help="Where a freeze or thaw hook fails, go on without.")  # fmt: skip
 @click.argument("more", nargs=-1)
 @json_option
 @pass_diskd
 def begin(
-    diskd: Diskd, vm: str, images: tuple[str, ...], config: Path | None, more: tuple[str, ...], as_json: bool
+    diskd: Diskd,
+    vm: str,
+    images: tuple[str, ...],
+    config: Path | None,
+    allow_crash_consistent: bool,
+    more: tuple[str, ...],
+    as_json: bool,
 ) -> None:
-    """Freeze all disks of a VM at one instant. Its point becomes valid with `end --keep-point`."""
+    """Freeze all disks of a VM at one instant. Its point becomes valid with `end --keep-point`.
+
+    The [hooks] of --config, freeze and thaw, run on diskd's host around the cut: programs in its hooks_dir.
+    """
     disks = [BackupDisk(name, name) for name in (*images, *more)]
     text = read_small_file(config).decode() if config else ""
-    info = diskd.call(calls.CHECKPOINT_BEGIN, calls.BeginCheckpoint(vm, disks, text))
+    info = diskd.call(calls.CHECKPOINT_BEGIN, calls.BeginCheckpoint(vm, disks, text, allow_crash_consistent))
     if as_json:
         print_json(
             {

@@ -96,11 +96,13 @@ class PointList:
 
 @attrs.frozen
 class BeginCheckpoint:
-    """``config``: the VM file's text, or empty where the VM has none."""
+    """``config``: the VM file's text, or empty where the VM has none; its ``[hooks]`` quiesce the guest.
+    ``allow_crash_consistent``: where a hook fails, the guest's journal will do."""
 
     vm: str
     disks: list[BackupDisk]
     config: str = ""
+    allow_crash_consistent: bool = False
 
 
 @attrs.frozen

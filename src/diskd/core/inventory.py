@@ -37,6 +37,8 @@ class LibrarySettings:
     avhd_limit_bytes: int | None = None  # per disk; None: as much as the file system gives
     merge_batch_bytes: int = 4 * MiB  # every batch costs two syncs; smaller ones while the guest is at work
     low_disk_limit: Reserve | None = LOW_DISK_LIMIT
+    hooks_dir: str | None = None  # of the programs that quiesce guests; None: none is run
+    hook_timeout_ns: int = 10 * SECOND  # a guest that is frozen for longer notices
     merge_rate: int | None = None  # bytes per second and image; None: what the guest leaves room for
     daemon_name: str | None = None  # of several over one root; None: the host's name
     host_name: str | None = None  # None: the system's

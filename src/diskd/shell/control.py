@@ -131,7 +131,13 @@ class Control:
         return found
 
     async def _checkpoint_begin(self, params: calls.BeginCheckpoint, _call: Call) -> CheckpointInfo:
-        frozen = await self._library.begin_checkpoint(params.vm, params.disks, params.config, held_by="hand")
+        frozen = await self._library.begin_checkpoint(
+            params.vm,
+            params.disks,
+            params.config,
+            held_by="hand",
+            allow_crash_consistent=params.allow_crash_consistent,
+        )
         for info in self._library.checkpoints():
             if info.checkpoint == frozen.checkpoint:
                 return info
