@@ -30,6 +30,7 @@ def test_what_is_hunted() -> None:
         "killed",
         "power-loss",
         "backups",
+        "leases",
     ]
 
 

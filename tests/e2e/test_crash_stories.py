@@ -21,3 +21,9 @@ def test_a_power_loss_under_load_loses_nothing_that_was_flushed_and_no_change(se
     told = stories.run("power-loss", seed, lives=5)
     assert told["lives"] == 5
     assert told["power losses"] > 0
+
+
+@pytest.mark.parametrize("seed", [1])
+def test_racing_for_a_lease_never_brings_an_older_epoch_back(seed):
+    told = stories.run("leases", seed, lives=5)
+    assert told["acquired"] > told["lives"] == 5

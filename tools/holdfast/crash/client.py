@@ -140,20 +140,20 @@ async def connect(host: str, port: int, export: str) -> AsyncIterator[Client]:
         stream = await trio.open_tcp_stream(host, port)
     except OSError as error:
         raise ConnectionLost(str(error)) from error
-    lost: ConnectionLost | None = None
+    failure: Exception | None = None
     async with stream:
         client = Client(stream, await _negotiate(stream, export))
         async with trio.open_nursery() as nursery:
             nursery.start_soon(client.receive_replies)
             try:
                 yield client
-            except ConnectionLost as error:
-                lost = error
+            except (ConnectionLost, RequestFailed) as error:
+                failure = error
             finally:
                 client.end("closed")
                 nursery.cancel_scope.cancel(reason="closed")
-    if lost is not None:
-        raise lost  # without the nursery's group around it
+    if failure is not None:
+        raise failure  # without the nursery's group around it
 
 
 async def _negotiate(stream: trio.SocketStream, export: str) -> int:

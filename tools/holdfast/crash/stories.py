@@ -7,7 +7,7 @@ from typing import Final
 
 import trio
 
-from holdfast.crash import rounds, story
+from holdfast.crash import leases, rounds, story
 
 LIVES: Final = 6
 
@@ -15,6 +15,7 @@ _STORIES: Final[dict[str, Callable[[int, int], Awaitable[Counter[str]]]]] = {
     "killed": partial(story.play, can_lose_power=False),
     "power-loss": partial(story.play, can_lose_power=True),
     "backups": rounds.play,
+    "leases": leases.play,
 }
 NAMES: Final = tuple(_STORIES)
 
