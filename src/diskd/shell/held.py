@@ -145,7 +145,7 @@ def refuse_standing(everything: Iterable[Held], vm: str, images: Mapping[str, Op
         if held.is_deserted or not held.record.is_standing:
             continue
         if held.record.vm == vm or not images.keys().isdisjoint(held.images):
-            raise Refused(
-                f"checkpoint {held.record.checkpoint} of VM {held.record.vm} is held "
-                f"({held.record.held_by}): end it first (diskctl checkpoint end {held.record.checkpoint})"
-            )
+            what = f"checkpoint {held.record.checkpoint} of VM {held.record.vm} is held"
+            if held.record.held_by == "backup":
+                raise Refused(f"{what} by a backup that runs: wait until that one has ended")
+            raise Refused(f"{what} (by hand): end it first (diskctl checkpoint end {held.record.checkpoint})")
