@@ -17,6 +17,7 @@ VERBS = {
     "image": "diskd.cli.images:image",
     "lease": "diskd.cli.leases:lease",
     "point": "diskd.cli.points:point",
+    "san": "diskd.cli.san:san",
     "target": "diskd.cli.target:target",
 }
 

@@ -31,6 +31,7 @@ from diskd.shell.image_settings import ImageSettings
 from diskd.shell.library import Library, open_library
 from diskd.shell.nbd_server import NbdServer
 from diskd.shell.restored_images import register_restore
+from diskd.shell.san import San, register_san
 from diskd.shell.startup import check_surroundings
 
 # Far above what 64 hosts need; a bound all the same, since some kernels pay for each possible one.
@@ -96,6 +97,9 @@ async def _serve(
             register_copies(registry, library, listening)
             register_backup(registry, library, key=keys[0] if keys else None)
             register_audit(registry, library, key=keys[0] if keys else None)
+            san = San(library, root)
+            await san.recover()
+            register_san(registry, san, key=keys[0] if keys else None)
             register_restore(registry, library, key=keys[0] if keys else None)
             control = await listeners.start(partial(serve, registry, listen.control, keys=keys))
             library.announce(str(control), keys[0] if keys else None)

@@ -64,6 +64,8 @@ class Library:
         me = me or daemons.identify(settings, image_settings.boot_id_file)
         self._root = root
         self._me = me
+        # VM: why no checkpoint of it begins now. Whoever reads a snapshot of it has no checkpoint any more.
+        self.reserved: dict[str, str] = {}
         self._key: bytes | None = None
         self._images: dict[str, OpenImage] = {}
         overlay_settings = OverlaySettings(
@@ -266,6 +268,8 @@ class Library:
         where one of the hooks of ``config`` fails, unless a crash-consistent point is good enough.
         If the caller dies without ``end``, its owner calls ``FrozenVm.end("discard")`` or ``("pending")``.
         """
+        if vm in self.reserved:
+            raise Refused(self.reserved[vm])
         return await self._checkpoints.begin(
             vm, disks, config, held_by, target, allow_crash_consistent=allow_crash_consistent
         )
@@ -278,6 +282,15 @@ class Library:
     async def end_checkpoint(self, checkpoint: str, outcome: Outcome) -> None:
         """``diskctl checkpoint end``: FrozenVm.end by id."""
         await self._checkpoints.end(checkpoint, outcome)
+
+    async def flush_image(self, image: str) -> None:
+        """As a guest's FLUSH: AVHD, then its map, then the parent, as far as they have unsynced writes."""
+        await self._lives.find(image).image.flush()
+
+    @property
+    def daemon_name(self) -> str:
+        """What this daemon is called among those that serve the root."""
+        return self._me.name
 
     def frozen(self, checkpoint: str) -> FrozenVm:
         """A standing checkpoint by id. Raises Refused where there is none."""

@@ -1,0 +1,302 @@
+"""SAN mode on real file systems, with a real library and a real target: what is backed up, and what a
+provider that fails costs."""
+
+import json
+import os
+import shutil
+from contextlib import asynccontextmanager, contextmanager
+
+import pytest
+import trio
+from diskd_target import RaisesLeaf, start_target
+from loop_mounts import loop_mount
+
+from daemonkit.diskd_api import BackupDisk, BackupRequest
+from daemonkit.rpc import Call
+from diskd.core import san_calls as calls
+from diskd.core.inventory import LibrarySettings
+from diskd.errors import Refused
+from diskd.shell.backup import run_backup
+from diskd.shell.library import open_library
+from diskd.shell.repository import open_repository
+from diskd.shell.san import San, SanSource, _begin, _end, _list
+
+KiB, MiB = 1 << 10, 1 << 20
+pytestmark = pytest.mark.slow
+DISKS = [BackupDisk("root", "a"), BackupDisk("data", "b")]
+
+COPYING = """#!/bin/sh
+# A provider for tests: copies. MODE says how it misbehaves.
+mode=$(cat "$(dirname "$0")/mode")
+where="$(dirname "$0")/snapshots/$2"
+case "$1 $mode" in
+    *hangs) exec tail -f /dev/null ;;
+    "create fails") mkdir -p "$where"; echo "the array is on fire" >&2; exit 3 ;;
+    "create lies") echo "$where/nowhere" ;;
+    "create talks") echo "creating"; echo "$where" ;;
+    "delete stuck") echo "in use" >&2; exit 1 ;;
+    create*) mkdir -p "$where" && cp -r "$3/images" "$where" && echo "$where" ;;
+    delete*) rm -rf "$where" ;;
+esac
+"""
+
+
+class Place:
+    """A root with two images, and san.toml beside them."""
+
+    def __init__(self, directory, kind):
+        self.root, self.directory = directory / "diskd", directory
+        self.root.mkdir(parents=True)
+        self.snapshots = directory / "snapshots"
+        self.snapshots.mkdir()
+        self.shared = directory / "shared"
+        self.shared.mkdir()
+        text = f'[providers.fast]\nkind = "{kind}"\n'
+        if kind == "command":
+            (directory / "mode").write_text("works")
+            (directory / "snap").write_text(COPYING)
+            (directory / "snap").chmod(0o755)
+            text += f'command = ["{directory}/snap"]\ntimeout_s = 2\n'
+        if kind == "btrfs":
+            text += f'subvolume = "{directory}"\n'
+        if kind != "command":
+            text += f'directory = "{self.snapshots}"\n'
+        (self.root / "san.toml").write_text(text)
+        (self.root / "san.toml").chmod(0o600)
+
+    def mode(self, word):
+        (self.directory / "mode").write_text(word)
+
+    @asynccontextmanager
+    async def serving(self):
+        async with open_library(self.root, LibrarySettings(shared_dir=str(self.shared))) as library:
+            if not library.images():
+                for name in ("a", "b"):
+                    await library.create_image(name, 4 * MiB)
+            san = San(library, self.root)
+            await san.recover()
+            yield library, san
+
+    def left(self):
+        records = self.root / "san"
+        files = [path.name for path in records.rglob("*") if path.is_file()] if records.is_dir() else []
+        return sorted(os.listdir(self.snapshots)) + files
+
+
+@contextmanager
+def place_on(kind, tmp_path):
+    if kind == "command":
+        yield Place(tmp_path / "place", kind)
+    else:
+        file_system, provider = kind.split("-")
+        with loop_mount(file_system) as mount:
+            if provider == "btrfs":
+                shutil.rmtree(mount / "volume", ignore_errors=True)
+            yield Place(mount / "volume" if provider != "btrfs" else mount, provider)
+
+
+async def put(library, image, offset, data):
+    export = await library.open(image, peer="test", drop=lambda _reason: None)
+    try:
+        if not export.device.write_nowait(offset, data):
+            await export.device.write(offset, data)
+    finally:
+        export.close()
+
+
+async def get(library, image):
+    export = await library.open(image, peer="test", drop=lambda _reason: None)
+    try:
+        return await export.device.read(0, 4 * MiB)
+    finally:
+        export.close()
+
+
+async def nothing(_value):
+    await trio.lowlevel.checkpoint()
+
+
+async def back_up(san, address, *, mode="auto", report=nothing):
+    request = BackupRequest("web", DISKS, 'name = "web"\n', str(address), mode, None)
+    with trio.fail_after(60):
+        return await run_backup(SanSource(san, "fast"), request, report=report, key=None)
+
+
+def restored(root, point):
+    with open_repository(root) as repository, repository.open("web", point) as opened:
+        assert repository.verify("web", point, lambda: None).problems == []
+        return {name: opened.views[name].read(0, 4 * MiB) for name in opened.views}
+
+
+@pytest.mark.parametrize("kind", ["command", "btrfs-btrfs", "btrfs-reflink", "xfs-reflink"])
+async def test_a_backup_from_a_snapshot_is_what_was_frozen(tmp_path, nursery, kind):
+    repository = tmp_path / "repository"
+    repository.mkdir()
+    address, stop = await start_target(nursery, repository)
+    with place_on(kind, tmp_path) as place:
+        async with place.serving() as (library, san):
+            await put(library, "a", 0, b"first" * 50_000)
+            await put(library, "b", 1 * MiB, b"data" * 1000)
+            truth, states = {}, []
+            for number in range(3):
+                await put(library, "a", number * 512 * KiB, bytes([number + 1]) * 10_000)
+                frozen = {"root": await get(library, "a"), "data": await get(library, "b")}
+                later = []
+
+                async def write_meanwhile(value, number=number, later=later):
+                    # The first sign after the cut: the checkpoint has ended, and the guest writes on.
+                    if value["step"] == "frozen" and not later:
+                        later.append(True)
+                        states.append([info.state for info in library.checkpoints()][-1])
+                        await put(library, "a", 3 * MiB + number * 8192, b"later" * 1000)
+                        with RaisesLeaf(Refused, "is being backed up"):
+                            await library.begin_checkpoint("web", DISKS, "")
+
+                report = await back_up(san, address, report=write_meanwhile)
+                assert later
+                assert report.kind == ("full" if number == 0 else "differential")
+                assert place.left() == []
+                truth[report.point] = frozen
+            assert set(states) <= {"merging", "pending"}
+            assert report.disks[0].changed_bytes < 100 * KiB
+            # An ordinary backup goes on from there.
+            frozen = {"root": await get(library, "a"), "data": await get(library, "b")}
+            request = BackupRequest("web", DISKS, "", str(address), "auto", None)
+            plain = await run_backup(library, request, report=nothing, key=None)
+            assert plain.base == report.point
+            truth[plain.point] = frozen
+    await stop()
+    for point, frozen in truth.items():
+        assert restored(repository, point) == frozen
+
+
+@pytest.mark.parametrize("mode", ["fails", "lies", "talks", "hangs"])
+async def test_a_provider_that_fails_leaves_vm_and_points_as_they_were(tmp_path, nursery, mode):
+    repository = tmp_path / "repository"
+    repository.mkdir()
+    address, _ = await start_target(nursery, repository)
+    with place_on("command", tmp_path) as place:
+        async with place.serving() as (library, san):
+            await put(library, "a", 0, b"first" * 10_000)
+            first = await back_up(san, address)
+            await put(library, "a", 8192, b"second" * 1000)
+            before = library.points("a")
+            place.mode(mode)
+            with RaisesLeaf(
+                Refused, "SAN provider fast failed to create" if mode in ("fails", "hangs") else ""
+            ):
+                await back_up(san, address)
+            assert library.points("a") == before
+            assert library.reserved == {}
+            if mode != "hangs":  # Then it cannot be asked to delete either.
+                assert place.left() == []
+            place.mode("works")
+            second = await back_up(san, address)
+            assert (second.base, second.disks[0].changed_bytes) == (first.point, 8 * KiB)
+            assert place.left() == []
+
+
+async def test_a_snapshot_that_cannot_be_deleted_is_deleted_later(tmp_path, nursery):
+    repository = tmp_path / "repository"
+    repository.mkdir()
+    address, _ = await start_target(nursery, repository)
+    with place_on("command", tmp_path) as place:
+        async with place.serving() as (library, san):
+            place.mode("stuck")
+            first = await back_up(san, address)
+            assert [point.valid for point in library.points("a")] == [True]
+            assert len(place.left()) == 2
+            listed = (await _list(san)(calls.SanNothing(), Call("test", nothing))).snapshots
+            assert [(s.point, s.state) for s in listed] == [(first.point, "releasing")]
+            place.mode("works")
+            assert (await back_up(san, address)).base == first.point
+            assert place.left() == []
+            place.mode("stuck")
+            await back_up(san, address)
+        place.mode("works")
+        async with place.serving():
+            assert place.left() == []
+
+
+async def test_a_daemon_that_dies_in_the_middle_leaves_no_snapshot_and_a_pending_point(tmp_path, nursery):
+    repository = tmp_path / "repository"
+    repository.mkdir()
+    address, _ = await start_target(nursery, repository)
+    with place_on("command", tmp_path) as place:
+        async with place.serving() as (library, san):
+            await put(library, "a", 0, b"first" * 10_000)
+            first = await back_up(san, address)
+            await put(library, "a", 8192, b"second" * 1000)
+            source = SanSource(san, "fast")
+            lost = await source.begin_checkpoint("web", DISKS, "", target="1" * 32)
+            assert len(place.left()) == 2
+            for disk in lost.disks.values():
+                disk.close()
+        async with place.serving() as (library, san):
+            assert place.left() == []
+            assert [point.valid for point in library.points("a")] == [True, False]
+            second = await back_up(san, address)
+            assert (second.base, second.disks[0].changed_bytes) == (first.point, 8 * KiB)
+
+
+async def test_a_third_party_reads_the_snapshot_itself(tmp_path):
+    with place_on("command", tmp_path) as place:
+        async with place.serving() as (library, san):
+            begin, end, listed = _begin(san), _end(san), _list(san)
+            call = Call("test", nothing)
+            await put(library, "a", 0, b"first" * 10_000)
+            made = await begin(calls.SanBegin("fast", "web", DISKS, "the config", None), call)
+            frozen = await get(library, "a")
+            await put(library, "a", 0, b"later" * 10_000)
+            mapping = json.loads(
+                (place.root / "san" / library.daemon_name / f"{made.point}.json").read_text()
+            )
+            assert mapping["config"] == "the config"
+            assert [disk["changes"] for disk in mapping["disks"]] == [{}, {}]
+            assert await trio.Path(mapping["disks"][0]["raw"]).read_bytes() == frozen
+            with pytest.raises(Refused, match="read by a third party"):
+                await library.begin_checkpoint("web", DISKS, "")
+        # It outlives the daemon.
+        async with place.serving() as (library, san):
+            end, listed = _end(san), _list(san)
+            assert [s.mapping is not None for s in (await listed(calls.SanNothing(), call)).snapshots] == [
+                True
+            ]
+            await end(calls.SanEnd(made.point, "keep"), call)
+            assert place.left() == []
+            assert [(p.point, p.valid) for p in library.points("a")] == [(made.point, True)]
+            second = await _begin(san)(calls.SanBegin("fast", "web", DISKS, "", None), call)
+            mapping = json.loads(san.mapping_path(second.point).read_text())
+            changes = {disk["name"]: disk["changes"][made.point]["extents"] for disk in mapping["disks"]}
+            assert changes == {"root": [[0, 52 * KiB]], "data": []}
+            await end(calls.SanEnd(second.point, "discard"), call)
+            assert [p.point for p in library.points("a")] == [made.point]
+            with pytest.raises(Refused, match="no snapshot"):
+                await end(calls.SanEnd(second.point, "keep"), call)
+
+
+async def test_a_file_of_providers_that_others_may_write_is_refused(tmp_path, nursery):
+    repository = tmp_path / "repository"
+    repository.mkdir()
+    address, _ = await start_target(nursery, repository)
+    with place_on("command", tmp_path) as place:
+        async with place.serving() as (library, san):
+            (place.root / "san.toml").chmod(0o666)
+            with RaisesLeaf(Refused, "chmod 600"):
+                await back_up(san, address)
+            (place.root / "san.toml").unlink()
+            with RaisesLeaf(Refused, "known: none"):
+                await back_up(san, address)
+            assert library.checkpoints() == []
+
+
+async def test_a_file_system_without_reflinks_says_so(tmp_path, nursery):
+    repository = tmp_path / "repository"
+    repository.mkdir()
+    address, _ = await start_target(nursery, repository)
+    with place_on("ext4-reflink", tmp_path) as place:
+        async with place.serving() as (library, san):
+            with RaisesLeaf(Refused, "cannot share extents"):
+                await back_up(san, address)
+            assert place.left() == []
+            assert library.points("a") == []
