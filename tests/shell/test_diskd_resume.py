@@ -1,5 +1,6 @@
 """A backup goes on by itself after a cut link or a stopped target; nothing durable is sent twice."""
 
+import attrs
 import pytest
 import trio
 from diskd_cutting_proxy import CuttingProxy
@@ -18,15 +19,17 @@ from diskd.core.stream import (
     Committed,
     ExportHeader,
     Frame,
+    FrameKind,
     Have,
     Ready,
     RefusedReply,
+    StreamEncoder,
     Working,
     decode_reply,
 )
 from diskd.errors import Refused
 from diskd.shell.backup import run_backup
-from diskd.shell.export import TargetLost
+from diskd.shell.export import Producer, TargetLost, prepare_blocking
 from diskd.shell.repository import open_repository
 
 MiB = 1 << 20
@@ -251,6 +254,30 @@ async def test_a_second_connection_for_the_same_point_takes_over(tmp_path, libra
     assert isinstance(header, ExportHeader)
     await stop()
     check(tmp_path, library, header.point)
+
+
+async def test_a_source_looks_at_what_it_goes_on_behind(library):
+    _, events, _ = await exported(library)
+    good = [event.header for event in events if isinstance(event, Frame)]
+    frozen = library.frozen[0]
+
+    def skip(headers):
+        prepared = prepare_blocking(frozen, None)
+        Producer(prepared, StreamEncoder(prepared.header)).skip(b"".join(one.pack() for one in headers))
+
+    skip(good)
+    skip(good[:7])
+    for bad in (
+        attrs.evolve(good[3], offset=good[3].offset + 512, length=good[3].length - 512),
+        attrs.evolve(good[3], kind=FrameKind.ZERO, digest=bytes(32)),
+        attrs.evolve(good[3], length=good[3].length - 512),
+        attrs.evolve(good[3], number=4),
+        attrs.evolve(good[3], disk=1),
+    ):
+        with pytest.raises(Refused, match="sent by another plan"):
+            skip([*good[:3], bad])
+    with pytest.raises(Refused, match="sent by another plan"):
+        skip([*good, attrs.evolve(good[-1], number=len(good), offset=good[-1].end)])
 
 
 async def test_settling_an_interrupted_point_ends_it_for_good(tmp_path, library, nursery):

@@ -285,16 +285,16 @@ class ExportSession:
                         return
                     await full_send.send(batch)
 
-        async with trio.open_nursery() as nursery, free_send, free:
-            nursery.start_soon(produce)
-            with BulkSocket(stream) as bulk:
+        # The channels are closed last: closed under the producer they would make errors of their own.
+        with BulkSocket(stream) as bulk, free_send, free, full:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(produce)
                 async for batch in full:
                     await self._wait_for_window(batch.used)
                     self._unacked.append((batch.frames, batch.used))
                     self._unacked_bytes += batch.used
                     await self._send_bulk(bulk, memoryview(batch.buffer)[: batch.used])
-                    with contextlib.suppress(trio.BrokenResourceError):
-                        free_send.send_nowait(batch.buffer)
+                    free_send.send_nowait(batch.buffer)
 
     async def _wait_for_window(self, size: int) -> None:
         async with self._moved:

@@ -119,12 +119,15 @@ async def receive_frames(
                     raise SourceLost("the source fell silent") from None
                 await full_send.send(received)
 
-    async with trio.open_nursery() as nursery, free_send, free, full:
-        nursery.start_soon(receive)
-        async for received in full:
-            await trio.to_thread.run_sync(write, received.batch, received.rows, limiter=threads)
-            free_send.send_nowait(received.buffer)
-            await acknowledge()
+    # The channels are closed last: closed under the receiver they would make errors of their own, and hide
+    # the one that ended the writing.
+    with free_send, free, full:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(receive)
+            async for received in full:
+                await trio.to_thread.run_sync(write, received.batch, received.rows, limiter=threads)
+                free_send.send_nowait(received.buffer)
+                await acknowledge()
     assert receiver.trailer is not None
     return receiver.trailer
 
