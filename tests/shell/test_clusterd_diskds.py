@@ -37,6 +37,7 @@ class FakeDiskd:
     def __init__(self, *images: str) -> None:
         self.leases = {image: Lease(image, 0, None) for image in images}
         self.asked: list[str] = []
+        self.dead_boots: list[str] | None = None
 
     def registry(self) -> Registry:
         registry = Registry()
@@ -53,6 +54,7 @@ class FakeDiskd:
 
     async def acquire(self, params: LeaseRequest, call: Call) -> Lease:
         self.asked.append(params.image)
+        self.dead_boots = params.dead_boots
         held = self.find(params.image)
         if params.epoch < held.epoch or (params.epoch == held.epoch and params.holder != held.holder):
             raise OperatorError(f"epoch {params.epoch} is not above {held.epoch}")
@@ -98,7 +100,9 @@ async def test_every_lease_is_asked_for_in_order_until_one_is_not_given() -> Non
             (A.image, "acquired", 4),
             (B.image, "acquired", 4),
         ]
-        await diskds.acquire((B,), 9, "n2/web")
+        assert fake.dead_boots == [], "always with the word to bring images along, if there are several diskd"
+        await diskds.acquire((B,), 9, "n2/web", ("boot-1", "boot-2"))
+        assert fake.dead_boots == ["boot-1", "boot-2"]
         fake.asked.clear()
         answers = await diskds.acquire((A, B, C), 5, "n1/web")
     assert fake.asked == [A.image, B.image]

@@ -116,13 +116,17 @@ class Probe:
 @attrs.frozen
 class AcquireLeases:
     """diskd ``lease.acquire`` with ``epoch`` and ``holder`` for each disk, in order, stopping at the first
-    that fails. Answer within 5 s with ``LeasesAnswered`` (an answer for each disk tried)."""
+    that fails. Answer within 5 s with ``LeasesAnswered`` (an answer for each disk tried).
+
+    ``dead_boots``: boots of hosts that are proven dead. Where each host has a diskd of its own, this one may
+    take images from those of such hosts, and from living ones that hand them over, but from nobody else."""
 
     request: int
     vm: str
     epoch: int
     holder: str
     disks: tuple[Disk, ...]
+    dead_boots: tuple[str, ...] = ()
 
 
 @attrs.frozen

@@ -17,7 +17,7 @@ from clusterd.core.nodes import NodeRecords
 from clusterd.core.placement import Choice, Room, place
 from clusterd.core.records import Assignment, EpochCounter, HeldItem, HeldList, MovedAway, VmRequest
 from clusterd.core.store_session import StoreSession
-from clusterd.core.types import Admission, EventName, VmConfig
+from clusterd.core.types import UNSTARTED_RUN_STATES, Admission, EventName, VmConfig
 from daemonkit.units import MINUTE
 
 STARTS_AT_ONCE: Final = 4
@@ -231,6 +231,9 @@ class Leader:
         if run is not None:
             seen = max(seen, run.seen_epoch)
         is_taken = old is not None and old.owner != choice.node
+        last_node, last_boot = (old.last_node, old.last_boot) if old is not None else ("", "")
+        if run is not None and run.state not in UNSTARTED_RUN_STATES:
+            last_node, last_boot = run.node, run.boot_id
         new = Assignment(
             choice.node,
             seen + 1,
@@ -238,6 +241,8 @@ class Leader:
             attempt=verdict.attempt,
             previous=old.owner if verdict.is_failover and old and is_taken else None,
             previous_epoch=old.epoch if verdict.is_failover and old and is_taken else 0,
+            last_node=last_node,
+            last_boot=last_boot,
         )
         keys = [f"vms/{vm}/assignment", f"vms/{vm}/run", f"vms/{vm}/spec", f"vms/{vm}/request", "epoch"]
         puts = [(keys[0], new), ("epoch", EpochCounter(seen + 1))]
@@ -287,7 +292,12 @@ class Leader:
         assert assignment.previous is not None
         keys = (f"vms/{vm}/assignment", f"vms/{vm}/run")
         back = Assignment(
-            assignment.previous, assignment.previous_epoch, reason="back in time", given_back=True
+            assignment.previous,
+            assignment.previous_epoch,
+            reason="back in time",
+            given_back=True,
+            last_node=assignment.last_node,
+            last_boot=assignment.last_boot,
         )
         puts = [(keys[0], back), (f"moves/{assignment.owner}", MovedAway(vm, assignment.epoch))]
         guards = self.store.leading() + self.store.same(*keys)

@@ -278,6 +278,9 @@ def _confirm_dead(desk: Desk, command: c.ConfirmDead) -> Change:
         run = view.current_run(vm)
         if run is not None and run.node == node and run.state not in FINAL_RUN_STATES:
             boots.add(run.boot_id)
+        taken = view.assignment(vm)
+        if taken is not None and taken.last_node == node and presence is None:
+            boots.add(taken.last_boot)  # given to another, whose diskd waits for this proof
     if presence is not None:
         boots.add(presence.boot_id)
     if not boots:

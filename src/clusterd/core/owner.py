@@ -14,13 +14,30 @@ from clusterd.core import effects, events
 from clusterd.core.desk import Desk
 from clusterd.core.fencing import STOP_REASONS, UNSPAWNED, LocalRun, Phase, Step
 from clusterd.core.isolation import period_ns
-from clusterd.core.records import Assignment, Run
+from clusterd.core.records import Assignment, ConfirmedDead, Run
 from clusterd.core.state import Intent
 from clusterd.core.store_session import StoreSession
+from clusterd.core.store_view import StoreView
 from clusterd.core.types import FINAL_RUN_STATES, UNSTARTED_RUN_STATES, EventName
 from daemonkit.units import SECOND
 
 STOP_PATIENCE_NS: Final = 60 * SECOND  # then SIGKILL is asked for, and again after as long
+
+
+def dead_boots(view: StoreView, vm: str) -> tuple[str, ...]:
+    """Boots of hosts that are known to be over: confirmed by an operator, or the host is back under another.
+    Of a host that is merely silent nothing is known, and its diskd may be writing (S2)."""
+    found = set()
+    for node in view.named("confirmed"):
+        confirmed = view.record(f"confirmed/{node}", ConfirmedDead)
+        if confirmed is not None:
+            found.add(confirmed.boot_id)
+    assignment = view.assignment(vm)
+    if assignment is not None and assignment.last_boot:
+        presence = view.presence(assignment.last_node)
+        if presence is not None and presence.boot_id != assignment.last_boot:
+            found.add(assignment.last_boot)
+    return tuple(sorted(found))
 
 
 @attrs.define
@@ -133,9 +150,8 @@ class Owner:
 
     def _acquire(self, run: LocalRun) -> None:
         run.request = self.desk.request()
-        self.desk.act(
-            effects.AcquireLeases(run.request, run.vm, run.epoch, self.desk.holder(run.vm), run.config.disks)
-        )
+        holder, dead = self.desk.holder(run.vm), dead_boots(self.desk.view, run.vm)
+        self.desk.act(effects.AcquireLeases(run.request, run.vm, run.epoch, holder, run.config.disks, dead))
 
     def _spawn(self, run: LocalRun) -> None:
         """S7: the intent is in this Ready's persist, so it is durable before the process exists."""

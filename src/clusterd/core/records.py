@@ -181,7 +181,9 @@ class Assignment:
     """``action`` stop: the owner ends this run. ``then``: where a restart-move goes on. ``attempt``: how
     often in a row the VM was started again after it had failed. ``previous``: whom a failover took it
     from, and the epoch there, so that it can be cancelled before the first lease is taken. ``given_back``: by
-    such a cancellation: the run of this epoch goes on if it still lives, and is never started again."""
+    such a cancellation: the run of this epoch goes on if it still lives, and is never started again.
+    ``last_node`` and ``last_boot``: the host, and its boot, on which the VM ran last: where every host has
+    its own diskd, the one there may have its disks."""
 
     owner: str
     epoch: int
@@ -192,6 +194,8 @@ class Assignment:
     previous: str | None = None
     previous_epoch: int = 0
     given_back: bool = False
+    last_node: str = ""
+    last_boot: str = ""
 
 
 @attrs.frozen

@@ -166,7 +166,7 @@ class Acts:
             return ProbeReply(reached=False, reason=f"node {act.node}: {error}", epochs={})
 
     async def _acquire(self, act: effects.AcquireLeases) -> Event:
-        answers = await self._diskds.acquire(act.disks, act.epoch, act.holder)
+        answers = await self._diskds.acquire(act.disks, act.epoch, act.holder, act.dead_boots)
         return events.LeasesAnswered(act.request, answers)
 
     async def _look(self, act: effects.LookAtImages) -> Event:

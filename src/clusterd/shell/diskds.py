@@ -66,19 +66,21 @@ class Diskds:
             raise CallFailed(f"this node's configuration names no diskd {diskd!r}")
         return self._diskds[diskd].control
 
-    async def acquire(self, disks: Sequence[Disk], epoch: int, holder: str) -> tuple[LeaseAnswer, ...]:
+    async def acquire(
+        self, disks: Sequence[Disk], epoch: int, holder: str, dead_boots: Sequence[str] = ()
+    ) -> tuple[LeaseAnswer, ...]:
         """An answer for each disk tried, in order; none is tried after the first that fails."""
         answers: list[LeaseAnswer] = []
         deadline = trio.current_time() + self._acquire_seconds_max
         for disk in disks:
-            answer = await self._acquire(disk, epoch, holder, max(0.1, deadline - trio.current_time()))
+            request = LeaseRequest(disk.image, epoch, holder, list(dead_boots))
+            answer = await self._acquire(disk, request, max(0.1, deadline - trio.current_time()))
             answers.append(answer)
             if answer.outcome != "acquired":
                 break
         return tuple(answers)
 
-    async def _acquire(self, disk: Disk, epoch: int, holder: str, seconds_max: float) -> LeaseAnswer:
-        request = LeaseRequest(disk.image, epoch, holder)
+    async def _acquire(self, disk: Disk, request: LeaseRequest, seconds_max: float) -> LeaseAnswer:
         try:
             lease = await call_once(
                 self._control(disk), LEASE_ACQUIRE, request, key=self._key, seconds_max=seconds_max

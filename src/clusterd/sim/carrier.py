@@ -129,17 +129,26 @@ class Carrier:
     # -- diskd
 
     def _reaches_diskd(self, name: str) -> bool:
-        return self.world.storage.is_up and self.world.network.is_open(name, "diskd")
+        storage = self.world.storage
+        return storage.is_up and (storage.per_host or self.world.network.is_open(name, "diskd"))
+
+    def _loses_diskd(self, sender: str, receiver: str) -> bool:
+        return not self.world.storage.per_host and self.world.network.loses(sender, receiver)
 
     def _acquire(self, host: "Host", effect: effects.AcquireLeases) -> None:
         world = self.world
         answers: list[events.LeaseAnswer] = []
         for disk in effect.disks:
-            if world.network.loses(host.name, "diskd") or not world.storage.is_up:
+            if self._loses_diskd(host.name, "diskd") or not world.storage.is_up:
                 answers.append(events.LeaseAnswer(disk.image, "unanswered", 0, "no answer"))
                 break
+            refusal = self._bring(host, disk, effect)
+            if refusal is not None:
+                epoch = world.storage.image(disk.image).epoch
+                answers.append(events.LeaseAnswer(disk.image, "refused", epoch, refusal))
+                break
             granted, epoch = world.storage.acquire(disk.image, effect.epoch, effect.holder)
-            if world.network.loses("diskd", host.name):  # it happened, but nobody here knows
+            if self._loses_diskd("diskd", host.name):  # it happened, but nobody here knows
                 answers.append(events.LeaseAnswer(disk.image, "unanswered", 0, "no answer"))
                 break
             outcome = "acquired" if granted else "refused"
@@ -149,6 +158,25 @@ class Carrier:
         silent = any(answer.outcome == "unanswered" for answer in answers)
         delay = LEASE_TIMEOUT_NS if silent else 2 * MILLISECOND
         self._answer(host, delay, events.LeasesAnswered(effect.request, tuple(answers)))
+
+    def _bring(self, host: "Host", disk: Disk, effect: effects.AcquireLeases) -> str | None:
+        """Where every host has its own diskd: the image comes here, or the reason why not."""
+        world, image = self.world, self.world.storage.image(disk.image)
+        here = (host.name, world.boot_id(host))
+        if not world.storage.per_host or image.at is None or image.at[0] == host.name:
+            image.at = here
+            return None
+        owner = world.hosts[image.at[0]]
+        lives = owner.is_up and world.boot_id(owner) == image.at[1]
+        if owner.is_up and world.network.is_open(host.name, owner.name):
+            image.at = here  # it fences its own run, and hands the image over
+            return None
+        if image.at[1] not in effect.dead_boots:
+            return f"it belongs to the diskd of {owner.name}, which does not answer"
+        if lives:
+            raise InvariantBroken(f"S2: {disk.image} is taken from {owner.name}, which lives")
+        image.at = here
+        return None
 
     def _look(self, host: "Host", effect: effects.LookAtImages) -> None:
         world = self.world
@@ -224,7 +252,9 @@ class Carrier:
             return
         if not process.is_paused and self._reaches_diskd(host.name):
             for image in process.images:
-                if not world.storage.write(image, process.epoch, host.name, world.now):
+                at = world.storage.image(image).at
+                gone = world.storage.per_host and at is not None and at[0] != host.name
+                if gone or not world.storage.write(image, process.epoch, host.name, world.now):
                     world.end_process(host, process, 1, "its write was refused")
                     return
                 world.acknowledged[image] = world.acknowledged.get(image, 0) + 1

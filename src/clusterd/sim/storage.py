@@ -26,6 +26,7 @@ class SimImage:
     holder: str | None = None
     last_io: int | None = None
     journal: list[Record] = attrs.field(factory=list)
+    at: tuple[str, str] | None = None  # host and boot of the diskd that has it, where every host has its own
 
 
 @attrs.frozen
@@ -43,6 +44,7 @@ class JournalReport:
 class SimStorage:
     images: dict[str, SimImage] = attrs.field(factory=dict)
     is_up: bool = True
+    per_host: bool = False  # one diskd on each host, over storage that all of them reach
 
     def image(self, name: str) -> SimImage:
         return self.images.setdefault(name, SimImage())

@@ -137,7 +137,7 @@ class World:
         identity = Identity(
             host.name,
             CLUSTER,
-            f"{host.name}-boot-{host.boot}",
+            self.boot_id(host),
             (b"key of the simulation",),
             peers=tuple(name for name in self.names if name != host.name),
             memory_bytes=self.node_memory_bytes,
@@ -148,6 +148,9 @@ class World:
         host.core = NodeCore(identity, state)
         host.deadline_at = None
         self.deliver(host, events.Started(), host.generation)
+
+    def boot_id(self, host: Host) -> str:
+        return f"{host.name}-boot-{host.boot}"
 
     # -- events and effects
 
