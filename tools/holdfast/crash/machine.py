@@ -94,9 +94,9 @@ class Machine:
         """Cleanly; it must end with 0."""
         await self._diskd.stop()
 
-    def lose_power(self, rng: Random) -> power.Lost:
+    def lose_power(self, rng: Random, keep: power.Keep | None = None) -> power.Lost:
         """The daemon was killed a moment ago."""
-        lost = power.fail(self._place, self.root, rng)
+        lost = power.fail(self._place, self.root, rng, keep)
         self.clear_shared()
         self._boot.write_text(str(uuid.UUID(int=rng.getrandbits(128))))
         return lost

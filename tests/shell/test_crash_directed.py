@@ -1,0 +1,112 @@
+"""A real daemon loses its power right after it answered: what the answer promised was durable.
+
+Everything that was not synced is taken back. `make hunt` looks for such moments at random; these are the ones
+on which tracking and checkpoints stand.
+"""
+
+from contextlib import asynccontextmanager
+from random import Random
+
+import pytest
+
+from daemonkit.diskd_api import BackupDisk, ImageName
+from daemonkit.units import MiB
+from diskd.core import calls
+from holdfast.crash.client import connect
+from holdfast.crash.machine import machine
+
+pytestmark = pytest.mark.slow
+
+BLOCK = 4096
+# Nothing is flushed and no region closed by the clock.
+SETTINGS = ("tracking_flush_interval=1h",)
+RNG = Random(1)
+
+
+@asynccontextmanager
+async def a_machine():
+    async with machine(Random(1), can_lose_power=True, settings=SETTINGS) as made:
+        await made.start()
+        await made.call(calls.IMAGE_CREATE, calls.CreateImage("d", 4 * MiB))
+        yield made
+
+
+def client(machine, export="d"):
+    return connect(machine.nbd.host, machine.nbd.port, export)
+
+
+async def lose_power(machine):
+    await machine.kill()
+    machine.lose_power(RNG, "nothing")
+    await machine.start()
+
+
+async def begin(machine):
+    return await machine.call(calls.CHECKPOINT_BEGIN, calls.BeginCheckpoint("web", [BackupDisk("d", "d")]))
+
+
+async def keep(machine, info):
+    await machine.call(calls.CHECKPOINT_END, calls.EndCheckpoint(info.checkpoint, "keep"))
+
+
+async def changed(machine, point):
+    found = await machine.call(calls.CHANGES, calls.PointName("d", point))
+    return {
+        block
+        for offset, length in found.extents
+        for block in range(offset // BLOCK, (offset + length) // BLOCK)
+    }
+
+
+async def test_a_durable_write_has_a_durable_mark():
+    """T1: the region is open on disk before its first write is answered."""
+    async with a_machine() as machine:
+        info = await begin(machine)
+        await keep(machine, info)
+        while (await machine.call(calls.IMAGE_SHOW, ImageName("d"))).checkpoint:
+            pass  # merged
+        async with client(machine) as guest:
+            await guest.write(2 * MiB, b"1" * BLOCK, fua=True)
+        await lose_power(machine)
+        async with client(machine) as guest:
+            assert await guest.read(2 * MiB, BLOCK) == b"1" * BLOCK
+        assert 2 * MiB // BLOCK in await changed(machine, info.point)
+
+
+async def test_a_point_is_valid_only_once_its_content_is_durable():
+    """T2: what a backup has read, no power loss may take back without a mark."""
+    async with a_machine() as machine:
+        async with client(machine) as guest:
+            await guest.write(0, b"1" * BLOCK)
+        info = await begin(machine)
+        async with client(machine, f"d:{info.checkpoint}") as frozen:
+            before = await frozen.read(0, 4 * MiB)
+        await keep(machine, info)
+        await lose_power(machine)
+        async with client(machine) as guest:
+            after = await guest.read(0, 4 * MiB)
+        differing = {
+            at // BLOCK
+            for at in range(0, 4 * MiB, BLOCK)
+            if before[at : at + BLOCK] != after[at : at + BLOCK]
+        }
+        assert differing <= await changed(machine, info.point)
+        assert before[:BLOCK] == b"1" * BLOCK
+
+
+async def test_what_was_flushed_to_the_avhd_is_there():
+    """B6: FLUSH made both the AVHD's data and its map durable."""
+    async with a_machine() as machine:
+        await begin(machine)
+        async with client(machine) as guest:
+            await guest.write(MiB, b"2" * BLOCK)
+            await guest.flush()
+        await lose_power(machine)
+        async with client(machine) as guest:
+            assert await guest.read(MiB, BLOCK) == b"2" * BLOCK
+
+
+async def test_an_image_that_was_created_is_there():
+    async with a_machine() as machine:
+        await lose_power(machine)
+        assert [info.name for info in (await machine.call(calls.IMAGE_LIST, calls.Nothing())).images] == ["d"]
