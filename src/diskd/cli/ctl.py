@@ -1,12 +1,10 @@
 """`diskctl`: asks a running diskd, one call per command. One module per group of verbs."""
 
-import attrs
 import click
 
-from daemonkit.cli import ADDRESS, LazyGroup, print_json, read_key, run_main
+from daemonkit.cli import ADDRESS, LazyGroup, read_key, run_main
 from daemonkit.ports import Address
-from diskd.cli.calling import CONTROL_DEFAULT, Diskd, json_option, pass_diskd
-from diskd.core import calls
+from diskd.cli.calling import CONTROL_DEFAULT, Diskd
 
 VERBS = {
     "apply": "diskd.cli.export:apply",
@@ -18,6 +16,8 @@ VERBS = {
     "lease": "diskd.cli.leases:lease",
     "point": "diskd.cli.points:point",
     "san": "diskd.cli.san:san",
+    "show": "diskd.cli.statistics:show",
+    "status": "diskd.cli.statistics:status",
     "target": "diskd.cli.target:target",
 }
 
@@ -40,21 +40,6 @@ def group(context: click.Context, control: Address, key: str | None) -> None:
     Exit code 0: done; 1: refused or failed, with one line that says what to do; 2: usage.
     """
     context.obj = Diskd(control, read_key(key))
-
-
-@group.command()
-@json_option
-@pass_diskd
-def status(diskd: Diskd, as_json: bool) -> None:
-    """What this diskd serves, and where."""
-    found = diskd.call(calls.STATUS, calls.Nothing())
-    if as_json:
-        print_json(attrs.asdict(found))
-        return
-    click.echo(f"diskd {found.version}, pid {found.pid}, root {found.root}")
-    click.echo(f"nbd {found.nbd or '-'}, socket {found.nbd_socket or '-'}, {found.connections} clients")
-    for name in found.exports:
-        click.echo(f"  {name}")
 
 
 def main() -> None:

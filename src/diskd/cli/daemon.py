@@ -35,6 +35,7 @@ def group() -> None:
 @click.option("--nbd", type=ADDRESS, help=f"NBD over TCP; port 0 takes a free one. [{NBD_DEFAULT}]")
 @click.option("--nbd-socket", metavar="PATH", help="NBD over a Unix socket; alone it replaces TCP.")
 @click.option("--control", type=ADDRESS, default=CONTROL_DEFAULT, show_default=True, help="Control calls.")
+@click.option("--metrics", type=ADDRESS, help="Prometheus metrics over HTTP, at /metrics, without a key.")
 @click.option("--name", help="Of this diskd among several over one root. [the host's name]")
 @click.option("--config", type=click.Path(path_type=Path), metavar="FILE", help="Settings, as TOML.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="A setting; repeatable.")
@@ -52,6 +53,7 @@ def run(
     nbd: Address | None,
     nbd_socket: str | None,
     control: Address,
+    metrics: Address | None,
     name: str | None,
     config: Path | None,
     overrides: tuple[str, ...],
@@ -88,7 +90,7 @@ def run(
     inherited = inherited_listeners(os.environ)
     if nbd is None and nbd_socket is None and not inherited:
         nbd = Address.parse(NBD_DEFAULT)
-    listen = Listen(control, nbd, nbd_socket, inherited)
+    listen = Listen(control, nbd, nbd_socket, inherited, metrics)
     run_daemon_async(lambda: run_daemon(root, settings, listen, keys))
 
 

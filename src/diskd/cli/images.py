@@ -12,10 +12,14 @@ from diskd.cli.calling import SECONDS_UNBOUNDED, Diskd, json_option, pass_diskd,
 from diskd.core import calls
 from diskd.core.inventory import ImageInfo, OwnerInfo, SpaceInfo
 
-COPIES = {"import": "diskd.cli.image_copies:import_", "export": "diskd.cli.image_copies:export"}
+VERBS = {
+    "import": "diskd.cli.image_copies:import_",
+    "export": "diskd.cli.image_copies:export",
+    "show": "diskd.cli.statistics:show",
+}
 
 
-@click.group(cls=LazyGroup, verbs=COPIES)
+@click.group(cls=LazyGroup, verbs=VERBS)
 def image() -> None:
     """Make, look at, hand over and remove images."""
 
@@ -62,20 +66,6 @@ def _owner(owner: OwnerInfo) -> dict[str, Any]:
     }
 
 
-def _show(info: ImageInfo, *, as_json: bool) -> None:
-    if as_json:
-        print_json(document(info))
-        return
-    for key, value in document(info).items():
-        if value is not None:
-            is_size = key in ("size", "block_size", "region_size", "allocated", "merge_remaining")
-            if key == "space":
-                value = {part.replace("_", " "): format_size(size) for part, size in value.items() if size}
-            if isinstance(value, dict):
-                value = ", ".join(f"{part} {text}" for part, text in value.items() if text is not None)
-            click.echo(f"{key.replace('_', ' '):16} {format_size(value) if is_size else value}")
-
-
 @image.command()
 @click.argument("name")
 @click.argument("size", type=SIZE)
@@ -115,15 +105,6 @@ def list_(diskd: Diskd, as_json: bool) -> None:
             for info in images
         ],
     )
-
-
-@image.command()
-@click.argument("name")
-@json_option
-@pass_diskd
-def show(diskd: Diskd, name: str, as_json: bool) -> None:
-    """Everything about one image."""
-    _show(diskd.call(calls.IMAGE_SHOW, ImageName(name)), as_json=as_json)
 
 
 @image.command()

@@ -10,6 +10,7 @@ import attrs
 from daemonkit.diskd_api import BackupDisk, ImageName, LeaseRequest
 from daemonkit.methods import Method
 from diskd.core.inventory import ChangesInfo, CheckpointInfo, ImageInfo, PointInfo
+from diskd.core.statistics import DaemonVitals, StatsReport, StatsRequest
 
 # An answer is at most 16 MiB; an extent takes up to 19 bytes of it.
 CHANGES_EXTENTS_MAX: Final = 800_000
@@ -130,7 +131,8 @@ class Copied:
 
 @attrs.frozen
 class DaemonStatus:
-    """``nbd`` and ``nbd_socket`` are what stock clients connect to, or None where there is none."""
+    """``nbd`` and ``nbd_socket`` are what stock clients connect to, or None where there is none. ``closed``:
+    how many of the images are not served (released, damaged, another daemon's)."""
 
     version: str
     pid: int
@@ -139,6 +141,9 @@ class DaemonStatus:
     nbd_socket: str | None
     connections: int
     exports: list[str]
+    images: int
+    closed: int
+    vitals: DaemonVitals
 
 
 IMAGE_CREATE: Final = Method("image.create", CreateImage, ImageInfo)
@@ -157,4 +162,5 @@ CHANGES: Final = Method("changes", PointName, ChangesInfo)
 CHECKPOINT_BEGIN: Final = Method("checkpoint.begin", BeginCheckpoint, CheckpointInfo)
 CHECKPOINT_END: Final = Method("checkpoint.end", EndCheckpoint, Nothing)
 CHECKPOINT_LIST: Final = Method("checkpoint.list", Nothing, CheckpointList)
+IMAGE_STATS: Final = Method("image.stats", StatsRequest, StatsReport)
 STATUS: Final = Method("status", Nothing, DaemonStatus)

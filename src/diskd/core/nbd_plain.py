@@ -20,6 +20,7 @@ from typing import Final
 from diskd.core import nbd_wire as wire
 from diskd.core.nbd_session import Session
 from diskd.core.ports import InPlace
+from diskd.core.statistics import IoCounts
 
 # What is laid down before it is sent: about sixty reads of 4 KiB. A batch ends here at the latest.
 REPLIES_BYTES: Final = 256 << 10
@@ -45,9 +46,13 @@ _ROOM: Final = REPLIES_BYTES - READ_BYTES_MAX - _CHUNK.size
 
 
 class Replies:
-    """Where replies are laid down, behind those that were not sent yet. ``sent``: all of them were."""
+    """Where replies are laid down, behind those that were not sent yet. ``sent``: all of them were.
 
-    def __init__(self) -> None:
+    ``counts``: what the requests amounted to, added up once for each batch."""
+
+    def __init__(self, counts: IoCounts | None = None) -> None:
+        self.counts = counts or IoCounts()
+        self.requests = 0
         self.buffer = bytearray(REPLIES_BYTES)
         self.view = memoryview(self.buffer)
         self.end = 0
@@ -65,6 +70,8 @@ def serve(session: Session, device: InPlace, replies: Replies) -> bool:
     size_bytes, may_write = facts.size_bytes, not facts.is_read_only
     head = _CHUNK.size if structured else _SIMPLE.size
     unpack, out, laid, position = _REQUEST.unpack_from, replies.buffer, replies.view, replies.end
+    begun = start
+    reads = read_bytes = writes = failed = 0
     while end - start >= _HEAD_BYTES and position <= _ROOM:
         word, cookie, offset, length = unpack(buffer, start)
         stop = start + _HEAD_BYTES
@@ -77,10 +84,13 @@ def serve(session: Session, device: InPlace, replies: Replies) -> bool:
                     break
                 _SIMPLE.pack_into(out, position, _DONE, cookie)
                 position += _SIMPLE.size
+                writes += 1
             elif word == _READ and length <= READ_BYTES_MAX - offset % READ_BYTES_MAX:
                 data = position + head
                 if not device.read_in_place(offset, laid[data : data + length]):
                     break
+                reads += 1
+                read_bytes += length
                 if not structured:
                     _SIMPLE.pack_into(out, position, _DONE, cookie)
                     position = data + length
@@ -94,8 +104,18 @@ def serve(session: Session, device: InPlace, replies: Replies) -> bool:
                 break
         except OSError as error:
             session.reply_failure(cookie, error.errno, error.strerror or str(error))
+            failed += 1
+            begun += stop - start  # no part of what was written
         start = stop
     session.parsed_to(start)
+    if start != begun or failed:
+        replies.requests += reads + writes + failed
+        counts = replies.counts
+        counts.reads += reads
+        counts.read_bytes += read_bytes
+        counts.writes += writes
+        counts.written_bytes += start - begun - (reads + writes) * _HEAD_BYTES
+        counts.errors += failed
     if position > replies.end:
         session.reply_laid(laid[replies.end : position])
         replies.end = position

@@ -9,6 +9,8 @@ from typing import Literal, Protocol
 
 import attrs
 
+from diskd.core.statistics import IoCounts
+
 AllocationKind = Literal["data", "zero", "hole"]
 
 
@@ -86,7 +88,8 @@ class Export:
     may be asked for again and again.
 
     ``close`` is called once when the connection ends; it is synchronous and never fails. ``fast_zero``:
-    zeroing never takes longer than writing zeroes would.
+    zeroing never takes longer than writing zeroes would. ``counts``: where what is served past the device's
+    own methods, in place, is counted.
     """
 
     device: Device
@@ -95,6 +98,7 @@ class Export:
     close: Callable[[], None]
     preferred_block_bytes: int = 4096
     fast_zero: bool = False
+    counts: IoCounts | None = None
 
 
 class ExportCatalog(Protocol):

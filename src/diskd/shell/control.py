@@ -13,9 +13,12 @@ from daemonkit import diskd_api as api
 from daemonkit.rpc import Call, Registry
 from diskd.core import calls
 from diskd.core.inventory import ChangesInfo, CheckpointInfo, ImageInfo
+from diskd.core.statistics import StatsReport, StatsRequest
 from diskd.errors import Refused
 from diskd.shell.library import Library
 from diskd.shell.nbd_server import NbdServer
+from diskd.shell.statistics import read_statistics
+from diskd.shell.vitals import Vitals
 
 
 @attrs.frozen
@@ -37,7 +40,8 @@ def _version() -> str:
 class Control:
     """One method per call; ``register`` enters them all."""
 
-    def __init__(self, library: Library, server: NbdServer, listening: Listening) -> None:
+    def __init__(self, library: Library, server: NbdServer, listening: Listening, vitals: Vitals) -> None:
+        self._vitals = vitals
         self._library = library
         self._server = server
         self._listening = listening
@@ -62,6 +66,7 @@ class Control:
         registry.add(calls.CHECKPOINT_BEGIN, self._checkpoint_begin)
         registry.add(calls.CHECKPOINT_END, self._checkpoint_end)
         registry.add(calls.CHECKPOINT_LIST, self._checkpoint_list)
+        registry.add(calls.IMAGE_STATS, self._stats)
         registry.add(calls.STATUS, self._status)
 
     # --- leases
@@ -150,7 +155,15 @@ class Control:
     async def _checkpoint_list(self, _params: calls.Nothing, _call: Call) -> calls.CheckpointList:
         return calls.CheckpointList(self._library.checkpoints())
 
+    async def _stats(self, params: StatsRequest, _call: Call) -> StatsReport:
+        return StatsReport(read_statistics(self._library, self._server, params.images))
+
     async def _status(self, _params: calls.Nothing, _call: Call) -> calls.DaemonStatus:
+        return self.status()
+
+    def status(self) -> calls.DaemonStatus:
+        """As ``diskctl status`` shows it."""
+        images = self._library.images()
         return calls.DaemonStatus(
             version=_version(),
             pid=os.getpid(),
@@ -159,4 +172,7 @@ class Control:
             nbd_socket=self._listening.nbd_socket,
             connections=self._server.connections,
             exports=list(self._library.names()),
+            images=len(images),
+            closed=sum(info.state != "open" for info in images),
+            vitals=self._vitals.read(),
         )

@@ -23,16 +23,20 @@ from daemonkit.ports import Address
 from daemonkit.rpc import Registry, serve
 from daemonkit.service import notify_stopping
 from diskd.config import Settings
+from diskd.core.metrics import render
 from diskd.shell.audit import register_audit
 from diskd.shell.backup import register_backup
 from diskd.shell.control import Control, Listening
 from diskd.shell.copies import register_copies
 from diskd.shell.image_settings import ImageSettings
 from diskd.shell.library import Library, open_library
+from diskd.shell.metrics import serve_metrics
 from diskd.shell.nbd_server import NbdServer
 from diskd.shell.restored_images import register_restore
 from diskd.shell.san import San, register_san
 from diskd.shell.startup import check_surroundings
+from diskd.shell.statistics import read_all
+from diskd.shell.vitals import Vitals
 
 # Far above what 64 hosts need; a bound all the same, since some kernels pay for each possible one.
 _FILES_MAX: Final = 65536
@@ -51,6 +55,7 @@ class Listen:
     nbd: Address | None
     nbd_socket: str | None
     inherited: Sequence[socket.socket] = ()
+    metrics: Address | None = None
 
 
 async def run_daemon(root: Path, settings: Settings, listen: Listen, keys: Sequence[bytes]) -> None:
@@ -93,7 +98,10 @@ async def _serve(
                 listeners.start_soon(partial(server.serve_inherited, sock, outliving=peers))
             listening = _listening(root, nbd, listen)
             registry = Registry()
-            Control(library, server, listening).register(registry)
+            vitals = Vitals()
+            listeners.start_soon(vitals.run)
+            asked = Control(library, server, listening, vitals)
+            asked.register(registry)
             register_copies(registry, library, listening)
             register_backup(registry, library, key=keys[0] if keys else None)
             register_audit(registry, library, key=keys[0] if keys else None)
@@ -103,7 +111,19 @@ async def _serve(
             register_restore(registry, library, key=keys[0] if keys else None)
             control = await listeners.start(partial(serve, registry, listen.control, keys=keys))
             library.announce(str(control), keys[0] if keys else None)
-            announce_ready(control=str(control), nbd=listening.nbd, nbd_socket=listening.nbd_socket)
+            metrics: Address | None = None
+            if listen.metrics is not None:
+                metrics = await listeners.start(
+                    serve_metrics,
+                    listen.metrics,
+                    lambda: render(asked.status(), read_all(library, server)),
+                )
+            announce_ready(
+                control=str(control),
+                nbd=listening.nbd,
+                nbd_socket=listening.nbd_socket,
+                metrics=str(metrics) if metrics else None,
+            )
             log.info("daemon.ready", root=str(root), control=str(control), nbd=listening.nbd)
             number = await anext(signals)
             _tell_stopping(f"calls under way end ({signal.Signals(number).name})", server, library)

@@ -28,6 +28,7 @@ from diskd.core.extents import PageMap, copy_pages
 from diskd.core.geometry import BLOCK_BYTES_DEFAULT, REGION_BYTES_DEFAULT, Geometry, Identity
 from diskd.core.points import Catalogue, Point, Span
 from diskd.core.ports import ChangeReport, Layer
+from diskd.core.statistics import IoCounts
 from diskd.core.steps import Script
 from diskd.core.tracker import Tracker, commit, flush, next_header, remove_segment, replace_catalogue
 from diskd.core.tracker import join_segments as join_script
@@ -79,6 +80,7 @@ class Image:
         self.is_closed = False
         self.is_held = False
         self.last_io: float | None = None
+        self.counts = IoCounts()
         self.writes = 0
         self.flush_turn = trio.Lock()
         self.catalogue_turn = trio.Lock()
@@ -315,6 +317,8 @@ class Image:
         if begun is not None:
             await self.perform(commit(self.tracker, begun))
             self.tracker.end_commit(begun)
+            self.counts.marks += 1
+            self.counts.regions_opened += len(begun.opening)
 
     def _note_write(self) -> None:
         self.tracker.area.time_ns = now_ns()

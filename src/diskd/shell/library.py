@@ -156,6 +156,10 @@ class Library:
         """Serve an image that is released, was damaged and is repaired, or is a dead daemon's."""
         return await self._lives.open(name, Order("open", fenced, lost_lease))
 
+    def opened(self, name: str) -> OpenImage | None:
+        """An image that is served, to look at; None where there is none."""
+        return self._images.get(name)
+
     def activity(self, images: list[str]) -> ActivityReport:
         """daemonkit.diskd_api.IMAGE_ACTIVITY."""
         known: list[Activity] = []

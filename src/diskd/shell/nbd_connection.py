@@ -99,7 +99,14 @@ class Connection:
         self._room = trio.Event()
         self._peer_gone = False
         self.name = ""
+        self._requests = 0
+        self.opened_at = trio.current_time()
         self.reason = "the client closed the connection"
+
+    @property
+    def requests(self) -> int:
+        """How many it has made since it opened its export."""
+        return self._requests + self._replies.requests
 
     def drop(self, reason: str) -> None:
         """End this connection from outside; see the module."""
@@ -294,6 +301,8 @@ class Connection:
         else:
             if self._session.export_found(_facts(export)):
                 self._export, self.name = export, wanted.name
+                self._replies.counts = export.counts or self._replies.counts
+                self.opened_at = trio.current_time()
                 log.info("nbd.opened", peer=self._peer, export=wanted.name)
             else:
                 export.close()
@@ -315,6 +324,7 @@ class Connection:
             is_more = self._serve_plain()
             event = None if is_more else session.next_event()
             if isinstance(event, Request):
+                self._requests += 1
                 if not self._serve_in_place(event, device):
                     await self._begin(event, tasks, device)
                 if self._batch_bytes >= BATCH_BYTES_MAX:

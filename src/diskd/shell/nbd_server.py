@@ -17,7 +17,9 @@ import trio
 
 from daemonkit.errors import InvariantBroken, OperatorError
 from daemonkit.ports import Address, listening_failed
+from daemonkit.units import SECOND
 from diskd.core.ports import ExportCatalog
+from diskd.core.statistics import ClientStats
 from diskd.shell.nbd_connection import DROP_SECONDS_MAX, Connection
 from diskd.shell.nbd_linger import Company
 
@@ -34,7 +36,7 @@ class NbdServer:
 
     def __init__(self, catalog: ExportCatalog, *, connections_max: int = CONNECTIONS_MAX) -> None:
         self._catalog = catalog
-        self._connections: set[Connection] = set()
+        self._connections: dict[Connection, str] = {}
         self._connections_max = connections_max
         self._company = Company()
         self._changed = trio.Event()
@@ -42,6 +44,17 @@ class NbdServer:
     @property
     def connections(self) -> int:
         return len(self._connections)
+
+    def clients(self) -> list[ClientStats]:
+        """Those that have opened an export."""
+        now = trio.current_time()
+        return [
+            ClientStats(
+                peer, connection.name, connection.requests, int((now - connection.opened_at) * SECOND)
+            )
+            for connection, peer in self._connections.items()
+            if connection.name
+        ]
 
     async def serve_tcp(
         self,
@@ -92,7 +105,7 @@ class NbdServer:
                 return
             _tune(sock)
             connection = Connection(sock, peer, self._catalog, self._company)
-            self._connections.add(connection)
+            self._connections[connection] = peer
             try:
                 await connection.run()
             except* (OSError, trio.ClosedResourceError) as group:
@@ -103,7 +116,7 @@ class NbdServer:
                 # The supervision boundary: a defect met by one peer must not end the service of the others.
                 log.exception("nbd.connection_failed", peer=peer)
             finally:
-                self._connections.discard(connection)
+                del self._connections[connection]
                 self._changed.set()
                 self._changed = trio.Event()
                 say = log.info if connection.name else log.debug

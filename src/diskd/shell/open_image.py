@@ -210,7 +210,9 @@ class OpenImage:
 
     def _export(self, device: Device, epoch: int | None, close: Callable[[], None]) -> Export:
         image = self.image
-        return Export(device, epoch is None, {}, close, image.block_bytes, fast_zero=image.raw.zeroes_fast)
+        return Export(
+            device, epoch is None, {}, close, image.block_bytes, image.raw.zeroes_fast, image.counts
+        )
 
     def _device(self, session: Session) -> Device:
         verified: LeaseState | None = None

@@ -16,7 +16,9 @@ from typing import Protocol
 
 import trio
 
+from daemonkit.units import SECOND
 from diskd.core.ports import Allocation, Layer
+from diskd.core.statistics import IoCounts
 from diskd.core.tracker import REQUEST_BYTES_MAX, Tracker
 
 
@@ -29,6 +31,7 @@ class Gate(Protocol):
     is_held: bool
     last_io: float | None
     writes: int
+    counts: IoCounts
 
     def require_working(self) -> None: ...
     async def wait_unheld(self) -> None: ...
@@ -53,6 +56,8 @@ class _Submitted:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         writer = self._writer
+        if isinstance(error, OSError):
+            writer.image.counts.errors += 1
         writer.submitted -= 1
         if self._changes:
             writer.image.writes -= 1
@@ -113,36 +118,63 @@ class Writer:
 
     def read_nowait(self, offset: int, length: int) -> bytes | None:
         self._begin()
-        return self.image.layer.read_nowait(offset, length)
+        data = self.image.layer.read_nowait(offset, length)
+        if data is not None:
+            self._count_read(length)
+        return data
+
+    def _count_read(self, length: int) -> None:
+        self.image.counts.reads += 1
+        self.image.counts.read_bytes += length
+
+    def _count_write(self, length: int) -> None:
+        self.image.counts.writes += 1
+        self.image.counts.written_bytes += length
 
     def read_into_nowait(self, offset: int, buffer: bytearray) -> bool:
         """As ``read_nowait``, into memory of the caller; False where a layer has no such form."""
         self._begin()
-        return self.image.layer.read_into_nowait(offset, buffer)
+        if not self.image.layer.read_into_nowait(offset, buffer):
+            return False
+        self._count_read(len(buffer))
+        return True
 
     async def read(self, offset: int, length: int) -> bytes:
         self._begin()
         with _Submitted(self, changes=False):
-            return await self.image.layer.read(offset, length)
+            data = await self.image.layer.read(offset, length)
+        self._count_read(length)
+        return data
 
     def write_nowait(self, offset: int, data: bytes | memoryview) -> bool:
         self._begin()
         image = self.image
         if image.is_held or not data or not image.tracker.admit(offset, len(data)):
             return not data
-        return image.layer.write_nowait(offset, data)
+        if not image.layer.write_nowait(offset, data):
+            return False
+        self._count_write(len(data))
+        return True
 
     async def write(self, offset: int, data: bytes | memoryview, *, fua: bool = False) -> None:
         if data:
             await self._admitted(offset, len(data))
             with _Submitted(self, changes=True):
                 await self.image.layer.write(offset, data)
+            self._count_write(len(data))
         if fua:
             await self.flush()
 
     async def write_zeroes(
         self, offset: int, length: int, *, may_trim: bool = True, fua: bool = False
     ) -> None:
+        self.image.counts.zeroes += 1
+        self.image.counts.zeroed_bytes += length
+        await self._zero(offset, length, may_trim=may_trim)
+        if fua:
+            await self.flush()
+
+    async def _zero(self, offset: int, length: int, *, may_trim: bool) -> None:
         # In parts, so that a huge request neither holds up a cut nor exceeds the bound on open regions.
         end = offset + length
         while offset < end:
@@ -151,16 +183,23 @@ class Writer:
             with _Submitted(self, changes=True):
                 await self.image.layer.write_zeroes(offset, part, may_trim=may_trim)
             offset += part
+
+    async def trim(self, offset: int, length: int, *, fua: bool = False) -> None:
+        self.image.counts.trims += 1
+        self.image.counts.trimmed_bytes += length
+        await self._zero(offset, length, may_trim=True)
         if fua:
             await self.flush()
 
-    async def trim(self, offset: int, length: int, *, fua: bool = False) -> None:
-        await self.write_zeroes(offset, length, may_trim=True, fua=fua)
-
     async def flush(self) -> None:
         self._begin()
-        with _Submitted(self, changes=False):
-            await self.image.sync_layer()
+        counts, begun = self.image.counts, trio.current_time()
+        counts.flushes += 1
+        try:
+            with _Submitted(self, changes=False):
+                await self.image.sync_layer()
+        finally:
+            counts.flush_ns += int((trio.current_time() - begun) * SECOND)
 
     async def allocation(self, offset: int, length: int) -> list[Allocation]:
         self._begin()
