@@ -18,6 +18,7 @@ class Break:
 
 _CLUSTER_TESTS = ("tests/core/test_cluster_rules.py", "tests/golden", "tests/property/test_cluster_chaos.py")
 _TRACKING_TESTS = ("tests/core/test_diskd_tracking_crash.py", "tests/shell/test_diskd_image.py")
+_POWER_TESTS = ("tests/shell/test_crash_directed.py",)
 _OVERLAY_TESTS = ("tests/core/test_diskd_overlay_crash.py", "tests/core/test_diskd_avhd.py")
 
 BREAKS: tuple[Break, ...] = (
@@ -196,6 +197,48 @@ BREAKS: tuple[Break, ...] = (
             await self._admitted(offset, len(data))
 """,
         _TRACKING_TESTS,
+    ),
+    Break(
+        "mark-not-durable",
+        "T1",
+        "a region counts as open before its record in the MRT is synced",
+        "src/diskd/core/mrt.py",
+        """        yield Write(FILE, offset, encode_record(generation, record))
+    yield Sync(FILE)
+""",
+        """        yield Write(FILE, offset, encode_record(generation, record))
+""",
+        _POWER_TESTS,
+    ),
+    Break(
+        "point-before-content",
+        "T2",
+        "a point is recorded before what its backup has read is durable",
+        "src/diskd/shell/cut.py",
+        "                await image.raw.flush()\n",
+        "                await trio.lowlevel.checkpoint()\n",
+        _POWER_TESTS,
+    ),
+    Break(
+        "map-not-durable",
+        "B6",
+        "FLUSH answers before the AVHD's map is durable",
+        "src/diskd/core/avhd.py",
+        """        yield from _write_sectors(sectors)
+        yield from final_sync(MAP_FILE)
+""",
+        """        yield from _write_sectors(sectors)
+""",
+        _POWER_TESTS,
+    ),
+    Break(
+        "roots-name-not-durable",
+        "B6",
+        "images are created in a directory whose own name is not durable",
+        "src/diskd/shell/library.py",
+        "        durable.sync_directory(root)  # what",
+        "        # what",
+        _POWER_TESTS,
     ),
     Break(
         "region-closed-too-early",
