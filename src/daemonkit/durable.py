@@ -41,7 +41,10 @@ def write_all(descriptor: int, data: bytes | memoryview, offset: int = 0) -> Non
 
 
 def replace_file(path: Path, data: bytes, *, mode: int = 0o644) -> None:
-    """Durably make ``path`` hold ``data``. Raises OSError; then the old content is still there."""
+    """Durably make ``path`` hold ``data``. Raises OSError; then the old content is still there.
+
+    But for EIO: then the new content may be there, and nobody knows which of them a power loss would leave.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
     try:
@@ -57,7 +60,11 @@ def replace_file(path: Path, data: bytes, *, mode: int = 0o644) -> None:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
-    sync_directory(path.parent)
+    try:
+        sync_directory(path.parent)
+    except OSError as error:
+        # Also where that says ENOSPC: a caller must not take it for a refusal that has changed nothing.
+        raise OSError(errno.EIO, f"renamed, but not for sure: {error.strerror}", str(path)) from error
 
 
 def create_file(path: Path, data: bytes, *, mode: int = 0o644) -> None:

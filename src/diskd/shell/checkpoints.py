@@ -250,13 +250,23 @@ class Checkpoints:
             ended = checkpoint.advance(held.record, "end", "discard")
             try:
                 await self.persist(held, ended)
-            except OSError:
-                with contextlib.suppress(OSError):
-                    await self._flag(held)
+            except OSError as error:
                 held.record = ended
+                if not await self._can_flag(held):
+                    # The record may say "sealed": while nothing says otherwise, durably, the parents stay.
+                    for image in held.images.values():
+                        image.stuck = f"the end of {held.record.checkpoint} cannot be recorded: {error}"
+                    return
             self.start_merging(held, "the checkpoint could not begin")
         with contextlib.suppress(OSError, HoldfastError):
             await self.insist(held, partial(self.settle_points, held))
+
+    async def _can_flag(self, held: Held) -> bool:
+        try:
+            await self._flag(held)
+        except OSError:
+            return False
+        return True
 
     # --- invalidation (B2) -----------------------------------------------------------------------------
 

@@ -87,6 +87,7 @@ class System:
         self.cut: bytes | None = None
         self.record: Record | None = None
         self.parent_is_synced = False
+        self.late = ""  # whether the seal's rename fails late, "once" or "twice"
         self.serial = 0
         self.idle_guests = 0
         self.guests = 0
@@ -224,6 +225,9 @@ class System:
         if self.merge is None:
             sealed = checkpoint.advance(RECORD, "sealed")
             yield from checkpoint.persist(sealed)
+            if self.late:
+                yield from self.undo()
+                return
             self.record = sealed
             self.frozen = self.cut if self.merge is None else None
         for _ in range(self.rng.randrange(5, 60)):
@@ -234,10 +238,26 @@ class System:
         yield from checkpoint.persist(ended)
         self.record = ended
         self.frozen = None
+        yield from self.finish(ended)
+
+    def undo(self) -> Task:
+        """The seal's rename took effect, and then its directory could not be synced: the shell takes it for a
+        begin that failed. Its next record may meet the same, and then the flag has to do."""
+        ended = checkpoint.advance(RECORD, "end", "discard")
+        if self.late == "once":
+            yield from checkpoint.persist(ended)
+        else:
+            yield from checkpoint.invalidate(RECORD)
+        self.record = ended
+        yield from self.finish(ended)
+
+    def finish(self, ended: Record) -> Task:
+        assert self.map is not None
         if self.merge is None:
             self.merge = merge.Merge(self.map, 3)
         settled = checkpoint.advance(ended, "points_settled")
-        yield from checkpoint.persist(settled)
+        if self.late != "twice":  # then nothing can be recorded before the merge is through
+            yield from checkpoint.persist(settled)
         yield from self.run_merge()
         yield from checkpoint.persist(checkpoint.advance(settled, "merged"))
 
@@ -367,6 +387,7 @@ def play(seed: int, crash_at: int | None, kind: str) -> int:
     oracle = Oracle()
     disk.run(iter_steps([Truncate(avhd.PARENT_FILE, SIZE), Sync(avhd.PARENT_FILE)]))
     system = System(disk, rng, oracle)
+    system.late = {3: "once", 5: "twice"}.get(seed % 8, "")
     own = [sector for sector in range(SECTORS) if sector not in SHARED]
     tasks = [
         system.guest(20, own, single=False, fail_at=rng.randrange(4, 18) if seed % 3 == 0 else None),
