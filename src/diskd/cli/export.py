@@ -55,15 +55,19 @@ def export(diskd: Diskd, image: str, full: bool, since: str | None, output: str)
 @click.command()
 @click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
 @click.argument("raw", metavar="RAWFILE", type=click.Path(path_type=Path, dir_okay=False))
-def apply(file: Path, raw: Path) -> None:
+@click.option(
+    "--trust-base", is_flag=True, help="RAWFILE is as of the export's base, whatever its mark says."
+)
+def apply(file: Path, raw: Path, trust_base: bool) -> None:
     """Apply an export to a raw file: a full makes it, a differential changes it.
 
-    The export is verified from end to end first. RAWFILE must be the disk as of the differential's base:
-    that cannot be seen from the file.
+    The export is verified from end to end first. RAWFILE must be the disk as of the differential's base: apply
+    marks its files with their point (the extended attribute user.holdfast.point), and refuses what does not fit,
+    or what has no mark, unless told to trust. If it is killed, apply the same export again.
     """
     from diskd.shell.restore import apply_file  # Kept out of --help's way.
 
     if str(file) == "-":
         raise OperatorError("apply reads the export twice (first to verify it), so it must be a file")
-    header = apply_file(file, raw)
+    header = apply_file(file, raw, trust_base=trust_base)
     click.echo(f"{raw}: {header.vm} as of {header.point}")

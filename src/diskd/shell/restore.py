@@ -20,6 +20,7 @@ from daemonkit.durable import sync_directory, write_all
 from daemonkit.errors import HoldfastError, OperatorError
 from daemonkit.ports import Address
 from daemonkit.rpc import connect
+from diskd.core import applied
 from diskd.core import target_calls as calls
 from diskd.core.catalog import CONFIG
 from diskd.core.qcow2 import FULL_CLUSTER_BYTES
@@ -33,6 +34,7 @@ Progress = Callable[[int], None]
 
 CONTACT_SECONDS_MAX: Final = 10.0
 SILENCE_SECONDS_MAX: Final = 120.0
+_MARK: Final = "user.holdfast.point"
 _RECEIVE_BYTES: Final = 1 << 20
 
 
@@ -245,10 +247,11 @@ def check_stream(path: Path) -> ExportHeader:
     return header
 
 
-def apply_file(path: Path, raw: Path) -> ExportHeader:
+def apply_file(path: Path, raw: Path, *, trust_base: bool = False) -> ExportHeader:
     """Apply an export file of one disk to a raw file: a full makes it, a differential changes it.
 
-    The file is verified from end to end before the first byte is written. Raises OperatorError, OSError.
+    The file is verified from end to end, and found to fit (core/applied.py), before the first byte is written.
+    Raises OperatorError, OSError.
     """
     try:
         header = check_stream(path)
@@ -270,8 +273,16 @@ def apply_file(path: Path, raw: Path) -> ExportHeader:
             ) from None
         temporary = None
     try:
+        if header.kind == "differential":
+            try:
+                applied.check_base(_mark_of(descriptor), header, trust=trust_base)
+            except Refused as error:
+                raise Refused(f"{raw}: {error}") from error
+            _set_mark(descriptor, applied.under_way(header))
         os.ftruncate(descriptor, header.disks[0].size_bytes)
         _apply_frames(path, descriptor)
+        os.fsync(descriptor)
+        _set_mark(descriptor, applied.done(header))
         os.fsync(descriptor)
         if temporary is not None:
             os.rename(temporary, raw)
@@ -282,6 +293,21 @@ def apply_file(path: Path, raw: Path) -> ExportHeader:
         os.close(descriptor)
     sync_directory(raw.parent)
     return header
+
+
+def _mark_of(descriptor: int) -> str | None:
+    try:
+        mark = os.getxattr(descriptor, _MARK)
+    except OSError:
+        return None  # It has none, or the file system has none for any file.
+    return mark[: applied.MARK_BYTES_MAX].decode("ascii", "replace")
+
+
+def _set_mark(descriptor: int, mark: str) -> None:
+    """Where the file system cannot: the next differential has to be told to trust."""
+    with contextlib.suppress(OSError):
+        os.setxattr(descriptor, _MARK, mark.encode())
+        os.fsync(descriptor)
 
 
 def _apply_frames(path: Path, descriptor: int) -> None:
