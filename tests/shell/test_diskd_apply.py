@@ -60,7 +60,7 @@ def test_a_chain_in_order(chain, raw):
 def test_the_wrong_base_is_refused_and_nothing_changes(chain, raw):
     apply_file(chain[1][0], raw)
     before = raw.read_bytes()
-    with pytest.raises(Refused, match="as of .* already"):
+    with pytest.raises(Refused, match=r"as of .* already"):
         apply_file(chain[1][0], raw)
     with pytest.raises(Refused, match=f"as of {chain[1][2]}, but the export builds on {chain[2][2]}"):
         apply_file(chain[3][0], raw)

@@ -61,9 +61,9 @@ def export(diskd: Diskd, image: str, full: bool, since: str | None, output: str)
 def apply(file: Path, raw: Path, trust_base: bool) -> None:
     """Apply an export to a raw file: a full makes it, a differential changes it.
 
-    The export is verified from end to end first. RAWFILE must be the disk as of the differential's base: apply
-    marks its files with their point (the extended attribute user.holdfast.point), and refuses what does not fit,
-    or what has no mark, unless told to trust. If it is killed, apply the same export again.
+    The export is verified from end to end first. RAWFILE must be the disk as of the differential's base:
+    apply marks its files with their point (the extended attribute user.holdfast.point), and refuses what does
+    not fit, or what has no mark, unless told to trust. If it is killed, apply the same export again.
     """
     from diskd.shell.restore import apply_file  # Kept out of --help's way.
 

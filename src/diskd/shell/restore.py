@@ -250,8 +250,8 @@ def check_stream(path: Path) -> ExportHeader:
 def apply_file(path: Path, raw: Path, *, trust_base: bool = False) -> ExportHeader:
     """Apply an export file of one disk to a raw file: a full makes it, a differential changes it.
 
-    The file is verified from end to end, and found to fit (core/applied.py), before the first byte is written.
-    Raises OperatorError, OSError.
+    The file is verified from end to end, and found to fit (core/applied.py), before the first byte is
+    written. Raises OperatorError, OSError.
     """
     try:
         header = check_stream(path)
