@@ -37,7 +37,7 @@ def cli() -> None:
     \b
     Ends of a link: n1, n2 ..., store, diskd, target.
     PROCESS: n1 (the whole host: power off; a later start is a new boot), n1.clusterd,
-             n1.VM (a VM's process on n1), diskd, store, target.
+             n1.VM (a VM's process on n1), diskd, store, target; n1.diskd with --diskd-per-node.
 
     \b
     Try:  lab up && eval "$(lab env)" && lab guest add web --on n1
@@ -105,9 +105,16 @@ def _parse_properties(settings: tuple[str, ...]) -> dict[str, str]:
 )
 @click.option("--set", "settings", multiple=True, metavar="PROPERTY=VALUE", help="A cluster property.")
 @click.option("--seed", default=0, metavar="N", help="Of the losses that `lab loss` makes.")
+@click.option("--diskd-per-node", is_flag=True, help="A diskd on every node, all over one storage.")
 @directory_option
 def up(
-    nodes: int, networks: int, store: str, settings: tuple[str, ...], seed: int, directory: Path | None
+    nodes: int,
+    networks: int,
+    store: str,
+    settings: tuple[str, ...],
+    seed: int,
+    diskd_per_node: bool,
+    directory: Path | None,
 ) -> None:
     """Bring up a cluster; returns when every node is `up`.
 
@@ -121,7 +128,7 @@ def up(
     if store == "etcd":
         raise OperatorError("--store etcd is not built: use the embedded store (clusterd witness)")
     where = directory if directory is not None else default_directory()
-    options = UpOptions(nodes, networks, _parse_properties(settings), seed)
+    options = UpOptions(nodes, networks, _parse_properties(settings), seed, diskd_per_node)
     lab = run_async(lambda: bring_up(where, options))
     print(f'{nodes} nodes are up: {lab.directory}/lab.json; `eval "$(lab env)"` sets the addresses')
 

@@ -47,12 +47,13 @@ SESSION_NS_MIN: Final = 2 * SECOND
 
 @attrs.frozen
 class UpOptions:
-    """``properties``: name -> value, over the lab's own defaults."""
+    """``properties``: name -> value, over the lab's own defaults. ``diskd_per_node``: see layout.Layout."""
 
     nodes: int = 3
     networks: int = 1
     properties: dict[str, str] = attrs.field(factory=dict)
     seed: int = 0
+    diskd_per_node: bool = False
 
 
 def effective_properties(given: dict[str, str]) -> dict[str, str]:
@@ -153,14 +154,27 @@ class Lab:
         if name == STORE:
             data = str(directory / "store")
             return [*processes.program("clusterd"), "witness", "--data", data, "--listen", direct["store"]]
-        if name == DISKD:
-            listen = ["--nbd", direct["diskd.nbd"], "--control", direct["diskd.control"]]
-            shared = ["--set", f"shared_dir={self.state.shared_dir}"]
-            return [*processes.program("diskd"), "run", "--root", str(directory / "diskd"), *listen, *shared]
+        if name == DISKD or name.endswith(f".{DISKD}"):
+            listen = ["--nbd", direct[f"{name}.nbd"], "--control", direct[f"{name}.control"]]
+            settings: dict[str, str | Path] = {"shared_dir": self._shared_dir(name)}
+            if name != DISKD:
+                node = name.partition(".")[0]
+                settings |= {"daemon_name": node, "host_name": node}
+                settings |= {f"{kind}_file": directory / node / kind for kind in ("boot_id", "machine_id")}
+            chosen = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+            return [*processes.program("diskd"), "run", "--root", str(directory / "diskd"), *listen, *chosen]
         if name == TARGET:
             root = str(directory / "target")
             return [*processes.program("diskd"), "target", "--root", root, "--listen", direct["target"]]
         return [*processes.program("clusterd"), "run", "--config", str(directory / name / "node.toml")]
+
+    def _shared_dir(self, diskd: str) -> Path:
+        """Of the lab's own diskd, or of a node's: that of a host is gone when the host is."""
+        node, _, rest = diskd.partition(".")
+        return self.state.shared_dir / node if rest else self.state.shared_dir
+
+    def _node_diskds(self, node: str) -> list[str]:
+        return [f"{node}.{DISKD}"] if self.layout.diskd_per_node else []
 
     def _remember(self, records: dict[str, ProcessRecord]) -> None:
         self.state = attrs.evolve(self.state, processes=records)
@@ -170,8 +184,11 @@ class Lab:
         self._remember({name: record for name, record in self.state.processes.items() if name not in names})
 
     def _boot(self, node: str) -> None:
-        """A host that is switched on has a boot id of its own."""
+        """A host that is switched on has a boot id of its own, and nothing in memory."""
         replace_file(self.directory / node / "boot_id", f"{uuid.uuid4()}\n".encode())
+        for diskd in self._node_diskds(node):
+            shutil.rmtree(self._shared_dir(diskd), ignore_errors=True)
+            self._shared_dir(diskd).mkdir()
 
     # ---- links
 
@@ -229,12 +246,15 @@ class Lab:
     def records_of(self, process: str) -> list[ProcessRecord]:
         """The live processes that PROCESS means: n1, n1.clusterd, n1.VM, diskd, store, target."""
         name, _, part = process.partition(".")
-        if name in self.nodes and part and part != "clusterd":
+        if name in self.nodes and part and part != "clusterd" and process not in self._node_diskds(name):
             found = self.vm_processes(name, part)
             if not found:
                 raise OperatorError(f"no VM {part!r} runs on {name}")
             return found
-        own = [record for record in [self.state.processes.get(self._name(process))] if record]
+        names = [self._name(process)]
+        if name in self.nodes and not part:
+            names += self._node_diskds(name)
+        own = [record for record in map(self.state.processes.get, names) if record]
         if name in self.nodes and not part:
             own += self.vm_processes(name)
         alive = [record for record in own if processes.lives(record)]
@@ -247,6 +267,8 @@ class Lab:
         name, dot, part = process.partition(".")
         if name in self.nodes and part in ("", "clusterd") and (part or not dot):
             return name
+        if name in self.nodes and process in self._node_diskds(name):
+            return process
         if name == STORE and part:
             raise OperatorError(f"{process}: this lab's store is one process, `store`")
         if process in (STORE, DISKD, TARGET):
@@ -264,12 +286,13 @@ class Lab:
         if await processes.wait_gone(records, 10.0):
             raise OperatorError(f"{process} does not end even when killed")
         with contextlib.suppress(OperatorError):
-            self._forget([self._name(process)])
+            host = self._node_diskds(process) if process in self.nodes else []
+            self._forget([self._name(process), *host])
 
     async def start(self, process: str) -> None:
         """Start again what was killed, at its old addresses; a host boots anew."""
         name, _, part = process.partition(".")
-        if name in self.nodes and part and part != "clusterd":
+        if name in self.nodes and part and part != "clusterd" and process not in self._node_diskds(name):
             raise OperatorError(f"{process}: a VM is started by the cluster: `clusterctl vm start {part}`")
         own = self._name(process)
         is_off = own in (await self.link_report()).off
@@ -278,6 +301,8 @@ class Lab:
                 raise OperatorError(f"{process} runs already")
             self._boot(process)
             await self.power(process, is_on=True)
+            for diskd in self._node_diskds(process):
+                await self.start_process(diskd)
         elif is_off:
             raise OperatorError(f"host {own} has no power: `lab start {own}` switches it on")
         await self.start_process(own)
@@ -346,7 +371,8 @@ class Lab:
         known = set(own.values())
         vms = [one.record for one in processes.marked(self.state.lab_id) if one.record not in known]
         await processes.end(vms, seconds_max=3.0)
-        for names in ((DISKD, TARGET), (STORE,), (PROXY,)):
+        diskds = [diskd for node in self.nodes for diskd in self._node_diskds(node)]
+        for names in ((*diskds, DISKD, TARGET), (STORE,), (PROXY,)):
             await processes.end([own[name] for name in names if name in own], seconds_max=10.0)
         await processes.end([one.record for one in processes.marked(self.state.lab_id)], seconds_max=1.0)
         self._remember({})
@@ -382,6 +408,7 @@ def _write_files(directory: Path, layout: Layout, seed: int) -> None:
             layout, node, key_file=str(key), data_dir=str(home), boot_id_file=str(home / "boot_id")
         )
         replace_file(home / "node.toml", to_toml(document).encode())
+        replace_file(home / "machine_id", f"{uuid.uuid4().hex}\n".encode())
 
 
 @contextlib.asynccontextmanager
@@ -401,7 +428,8 @@ async def bring_up(directory: Path, options: UpOptions, *, is_remembered: bool =
     ``is_remembered``: it becomes the lab that commands without --dir mean.
     """
     directory = Path(os.getcwd()) / directory
-    layout = plan(options.nodes, options.networks, processes.free_ports(secrets.randbelow))
+    ports = processes.free_ports(secrets.randbelow)
+    layout = plan(options.nodes, options.networks, ports, diskd_per_node=options.diskd_per_node)
     directory.mkdir(parents=True, exist_ok=True)
     descriptor = state.lock_directory(directory)
     try:
@@ -413,9 +441,10 @@ async def bring_up(directory: Path, options: UpOptions, *, is_remembered: bool =
         async with _undone_on_failure(lab):
             lab.state.shared_dir.mkdir()
             await lab.start_process(PROXY)
-            await _start_all(lab, [STORE, DISKD, TARGET])
             for node in lab.nodes:
                 lab._boot(node)
+            diskds = [diskd for node in lab.nodes for diskd in lab._node_diskds(node)]
+            await _start_all(lab, [STORE, DISKD, *diskds, TARGET])
             await _start_all(lab, lab.nodes)
             await lab.wait_up()
             await lab.set_properties(effective_properties(options.properties))

@@ -148,6 +148,18 @@ async def _wait_writing(lab: Lab, name: str) -> dict[str, Any]:
     raise OperatorError(f"guest {name} does not write after {ONLINE_SECONDS_MAX:g} s ({seen})")
 
 
+async def _diskd_of(lab: Lab, image: str) -> tuple[str, str]:
+    """Where the diskd that has an image now is asked, and serves it."""
+    direct = lab.layout.direct
+    if lab.layout.diskd_per_node:
+        shown = json.loads(await run_tool(lab, "diskctl", "image", "show", image, "--json"))
+        owner = shown["owner"] or {}
+        for node in lab.nodes:
+            if owner.get("control") == direct[f"{node}.diskd.control"]:
+                return direct[f"{node}.diskd.control"], direct[f"{node}.diskd.nbd"]
+    return direct["diskd.control"], direct["diskd.nbd"]
+
+
 async def check_guest(lab: Lab, name: str) -> Verdict:
     """The verdict on everything that the guest has acknowledged until now. Raises OperatorError."""
     lab.require_up()
@@ -160,10 +172,12 @@ async def check_guest(lab: Lab, name: str) -> Verdict:
         raise OperatorError(f"no guest {name!r} was added: `lab guest add {name}`") from None
     except AcksError as error:
         raise OperatorError(f"{path}: {error}") from error
-    begun = await run_tool(lab, "diskctl", "checkpoint", "begin", "--vm", name, "--image", name, "--json")
+    control, nbd = await _diskd_of(lab, name)
+    ask = ("--control", control, "checkpoint")
+    begun = await run_tool(lab, "diskctl", *ask, "begin", "--vm", name, "--image", name, "--json")
     checkpoint = json.loads(begun)
     try:
-        uri = f"nbd://{lab.layout.direct['diskd.nbd']}/{checkpoint['exports'][name]}"
+        uri = f"nbd://{nbd}/{checkpoint['exports'][name]}"
 
         def compare() -> Verdict:
             with open_disk(uri) as disk:
@@ -174,4 +188,4 @@ async def check_guest(lab: Lab, name: str) -> Verdict:
         raise OperatorError(f"guest {name}: its disk cannot be read: {error}") from error
     finally:
         with trio.move_on_after(TOOL_SECONDS_MAX, shield=True):
-            await run_tool(lab, "diskctl", "checkpoint", "end", checkpoint["checkpoint"], "--discard")
+            await run_tool(lab, "diskctl", *ask, "end", checkpoint["checkpoint"], "--discard")

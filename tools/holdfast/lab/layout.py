@@ -25,12 +25,14 @@ NODE_VCPUS: Final = 64
 
 @attrs.frozen
 class Layout:
-    """``direct``: name of a listener -> its address; ``routes``: through the proxies."""
+    """``direct``: name of a listener -> its address; ``routes``: through the proxies. ``diskd_per_node``:
+    each node has a diskd of its own, over the one storage; the lab's own only makes images."""
 
     nodes: list[str]
     networks: list[str]
     direct: dict[str, str]
     routes: list[Route]
+    diskd_per_node: bool = False
 
     @property
     def ends(self) -> list[str]:
@@ -48,7 +50,9 @@ class Layout:
         return ProxyConfig(self.ends, self.direct["proxy"], self.routes, seed)
 
 
-def plan(node_count: int, network_count: int, ports: Iterator[int]) -> Layout:
+def plan(
+    node_count: int, network_count: int, ports: Iterator[int], *, diskd_per_node: bool = False
+) -> Layout:
     """A layout on ``ports``. Raises OperatorError for impossible counts."""
     if not 1 <= node_count <= NODES_MAX:
         raise OperatorError(f"a lab has 1 to {NODES_MAX} nodes, not {node_count}")
@@ -64,6 +68,8 @@ def plan(node_count: int, network_count: int, ports: Iterator[int]) -> Layout:
     for node in nodes:
         direct[f"{node}.control"] = address()
         direct |= {f"{node}.{network}": address() for network in networks}
+        if diskd_per_node:
+            direct |= {f"{node}.diskd.{part}": address() for part in ("nbd", "control")}
     routes = [Route(DISKD, TARGET, "tcp", address(), direct["target"])]
     for node in nodes:
         routes.append(Route(node, STORE, "tcp", address(), direct["store"]))
@@ -77,7 +83,7 @@ def plan(node_count: int, network_count: int, ports: Iterator[int]) -> Layout:
                     Route(node, peer, "udp", address(), direct[f"{peer}.{network}"], network)
                     for network in networks
                 ]
-    return Layout(nodes, networks, direct, routes)
+    return Layout(nodes, networks, direct, routes, diskd_per_node)
 
 
 def node_document(
@@ -104,13 +110,15 @@ def node_document(
             for peer in layout.nodes
             if peer != node
         },
-        "diskd": {
-            DISKD_NAME: {
-                "nbd": layout.proxied(node, "diskd.nbd"),
-                "control": layout.proxied(node, "diskd.control"),
-            }
-        },
+        "diskd": {DISKD_NAME: _diskd_of(layout, node)},
     }
+
+
+def _diskd_of(layout: Layout, node: str) -> dict[str, str]:
+    """Its own is beside it: there is no link to cut."""
+    if layout.diskd_per_node:
+        return {part: layout.direct[f"{node}.diskd.{part}"] for part in ("nbd", "control")}
+    return {part: layout.proxied(node, f"diskd.{part}") for part in ("nbd", "control")}
 
 
 def to_toml(document: dict[str, Any], prefix: str = "") -> str:

@@ -92,7 +92,7 @@ def lab_document(state: LabState) -> dict[str, Any]:
     direct = state.layout.direct
     return {
         "nodes": {
-            node: {"control": direct[f"{node}.control"], "pid": state.pid(node)}
+            node: {"control": direct[f"{node}.control"], "pid": state.pid(node), **_diskd(state, node)}
             for node in state.layout.nodes
         },
         "diskd": {
@@ -104,6 +104,13 @@ def lab_document(state: LabState) -> dict[str, Any]:
         "target": {"listen": direct["target"], "pid": state.pid("target")},
         "store": {"url": f"http://{direct['store']}", "pid": state.pid("store")},
     }
+
+
+def _diskd(state: LabState, node: str) -> dict[str, Any]:
+    if not state.layout.diskd_per_node:
+        return {}
+    addresses = {part: state.layout.direct[f"{node}.diskd.{part}"] for part in ("nbd", "control")}
+    return {"diskd": {**addresses, "pid": state.pid(f"{node}.diskd")}}
 
 
 def lock_directory(directory: Path) -> int:
