@@ -15,9 +15,12 @@ from diskd.sim.disk import SimDisk
 IDENTITY = Identity(UUID(int=7), Geometry.check(20_000 * 512, 512, 4096, 512))
 OTHER = Identity(UUID(int=8), IDENTITY.geometry)
 GENERATION = UUID(int=99)
-ROOT = attrs.evolve(rct.empty_root(IDENTITY, GENERATION, sequence=5, interval=3), over_report_bytes=4096)
+ROOT = attrs.evolve(
+    rct.empty_root(IDENTITY, GENERATION, sequence=5, interval=3), over_report_bytes=4096, header_sequence=4
+)
 RAW = mrt.RawFacts(20_000 * 512, 11, 12, 13)
 HEADER = mrt.Header(False, GENERATION, UUID(int=1), b"n" * 16, b"m" * 16, 4, 5, 77, RAW)
+THIRD = points.Segment(3, 0, 3)
 PAGES = {0: b"\x01" + bytes(511), 3: b"\xff" * 512}
 
 
@@ -76,15 +79,25 @@ def test_a_record_reads_back_and_damage_is_noticed() -> None:
 
 
 def test_an_interval_reads_back_and_damage_is_noticed() -> None:
-    data = interval.encode(IDENTITY, GENERATION, 3, PAGES)
-    assert interval.decode(IDENTITY, GENERATION, 3, data) == PAGES
-    assert interval.decode(IDENTITY, GENERATION, 3, interval.encode(IDENTITY, GENERATION, 3, {})) == {}
-    for wrong in ((OTHER, GENERATION, 3), (IDENTITY, UUID(int=1), 3), (IDENTITY, GENERATION, 4)):
+    data = interval.encode(IDENTITY, GENERATION, 3, PAGES, through=3)
+    assert interval.decode(IDENTITY, GENERATION, THIRD, data) == PAGES
+    empty = interval.encode(IDENTITY, GENERATION, 3, {}, through=3)
+    assert interval.decode(IDENTITY, GENERATION, THIRD, empty) == {}
+    fourth = points.Segment(4, 0, 4)
+    for wrong in ((OTHER, GENERATION, THIRD), (IDENTITY, UUID(int=1), THIRD), (IDENTITY, GENERATION, fourth)):
         with pytest.raises(Damaged):
             interval.decode(*wrong, data)
     for copy in damaged_copies(data):
         with pytest.raises(Damaged):
-            interval.decode(IDENTITY, GENERATION, 3, copy)
+            interval.decode(IDENTITY, GENERATION, THIRD, copy)
+
+
+def test_an_interval_from_before_a_join_is_refused_and_one_from_a_join_cut_short_is_not() -> None:
+    alone = interval.encode(IDENTITY, GENERATION, 3, PAGES, through=3)
+    joined = interval.encode(IDENTITY, GENERATION, 3, PAGES, through=5)
+    assert interval.decode(IDENTITY, GENERATION, THIRD, joined) == PAGES
+    with pytest.raises(Damaged, match="older than the last join"):
+        interval.decode(IDENTITY, GENERATION, points.Segment(3, 0, 5), alone)
 
 
 def resealed(body: bytes) -> bytes:
@@ -94,7 +107,7 @@ def resealed(body: bytes) -> bytes:
 
 
 def test_an_interval_with_a_good_checksum_is_still_bounded() -> None:
-    body = interval.encode(IDENTITY, GENERATION, 3, {})[:-16]
+    body = interval.encode(IDENTITY, GENERATION, 3, {}, through=3)[:-16]
     head, bomb = body[:-4], zlib.compress(bytes(1 << 20))
     cases = [
         head + (5).to_bytes(4, "little"),
@@ -105,7 +118,7 @@ def test_an_interval_with_a_good_checksum_is_still_bounded() -> None:
     ]
     for case in cases:
         with pytest.raises(Damaged):
-            interval.decode(IDENTITY, GENERATION, 3, resealed(case))
+            interval.decode(IDENTITY, GENERATION, THIRD, resealed(case))
 
 
 def test_interval_file_names() -> None:
@@ -131,7 +144,9 @@ def test_a_catalogue_that_contradicts_itself_is_refused() -> None:
         attrs.evolve(CATALOGUE, points=[first, first]),
         attrs.evolve(CATALOGUE, points=[attrs.evolve(first, id="../../etc")]),
         attrs.evolve(CATALOGUE, points=[attrs.evolve(first, sequence=99)]),
-        attrs.evolve(CATALOGUE, segments=[points.Segment(2, -1)]),
+        attrs.evolve(CATALOGUE, segments=[points.Segment(2, -1, 2)]),
+        attrs.evolve(CATALOGUE, segments=[points.Segment(2, 0, 1)]),
+        attrs.evolve(CATALOGUE, segments=[points.Segment(2, 0, 3)]),
     ]
     for catalogue in broken:
         with pytest.raises(Damaged):
@@ -208,7 +223,7 @@ def test_a_page_that_does_not_match_is_damage() -> None:
 
 def test_a_bad_mrt_record_means_that_all_its_regions_are_open() -> None:
     disk = SimDisk(Random(1))
-    disk.run(mrt.create(IDENTITY, HEADER))
+    disk.run(mrt.create(IDENTITY, HEADER, 78))
     assert not any(disk.run(mrt.load_table(IDENTITY, GENERATION)).open_regions)
     opened = bytearray(IDENTITY.geometry.region_count)
     opened[17] = 1
@@ -223,9 +238,9 @@ def test_a_bad_mrt_record_means_that_all_its_regions_are_open() -> None:
 
 def test_mrt_headers_alternate_and_one_may_be_torn() -> None:
     disk = SimDisk(Random(1))
-    disk.run(mrt.create(IDENTITY, HEADER))
+    disk.run(mrt.create(IDENTITY, HEADER, 78))
     newer = attrs.evolve(HEADER, sequence=5, clean=True)
-    disk.run(mrt.write_header(IDENTITY, newer))
+    disk.run(mrt.write_header(IDENTITY, newer, 79))
     assert disk.run(mrt.load_header(IDENTITY)) == newer
     disk.poke(mrt.FILE, 4096 + 40, b"\x55")
     assert disk.run(mrt.load_header(IDENTITY)) == HEADER
@@ -272,5 +287,5 @@ def test_a_newer_point_is_no_base_of_an_older_one() -> None:
     catalogue = points.validate(CATALOGUE, point(2))
     with pytest.raises(NoSuchPoint, match="newer"):
         points.span(catalogue, point(2), point(1))
-    assert points.span(catalogue, point(1), point(2)).segments == [points.Segment(2, 512)]
+    assert points.span(catalogue, point(1), point(2)).segments == [points.Segment(2, 512, 2)]
     assert points.span(catalogue, point(2), point(2)).segments == []

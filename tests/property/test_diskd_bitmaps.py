@@ -81,9 +81,9 @@ def test_unions(left, right) -> None:
 def test_intervals_round_trip(spans) -> None:
     identity = Identity(UUID(int=1), Geometry.check(BITS * 512, 512, 4096, 512))
     pages = extents.page_map(bitmap_of(spans)[0], 512)
-    data = interval.encode(identity, UUID(int=2), 9, pages)
+    data = interval.encode(identity, UUID(int=2), 9, pages, through=9)
     assert len(data) <= interval.size_bytes_max(identity)
-    assert interval.decode(identity, UUID(int=2), 9, data) == pages
+    assert interval.decode(identity, UUID(int=2), points.Segment(9, 0, 9), data) == pages
 
 
 @given(st.binary(max_size=400))
@@ -92,7 +92,7 @@ def test_random_bytes_are_refused_as_damage_only(data: bytes) -> None:
 
     identity = Identity(UUID(int=1), Geometry.check(BITS * 512, 512, 4096, 512))
     for decode in (
-        lambda: interval.decode(identity, UUID(int=2), 9, data),
+        lambda: interval.decode(identity, UUID(int=2), points.Segment(9, 0, 9), data),
         lambda: points.decode_catalogue(identity, data),
     ):
         try:

@@ -13,12 +13,13 @@ from uuid import UUID
 
 from diskd.core.extents import PageMap, union
 from diskd.core.geometry import Identity
+from diskd.core.points import Segment
 from diskd.core.steps import Read, Script, Size
 from diskd.errors import Damaged
 
 MAGIC: Final = b"HFIVL001"
-# magic, image, generation, interval, size, block, page size, number of pages
-_HEADER: Final = struct.Struct("<8s16s16sQQIII")
+# magic, image, generation, interval, last interval, size, block, page size, number of pages
+_HEADER: Final = struct.Struct("<8s16s16sQQQIII")
 _PAGE: Final = struct.Struct("<II")  # page index, compressed length
 _DIGEST_BYTES: Final = 16
 _LEVEL: Final = 1
@@ -42,8 +43,10 @@ def size_bytes_max(identity: Identity) -> int:
     return _HEADER.size + geometry.page_count * (_PAGE.size + geometry.page_bytes + 64) + _DIGEST_BYTES
 
 
-def encode(identity: Identity, generation: UUID, interval: int, pages: Mapping[int, bytes]) -> bytes:
-    """The whole file."""
+def encode(
+    identity: Identity, generation: UUID, interval: int, pages: Mapping[int, bytes], *, through: int
+) -> bytes:
+    """The whole file: the changes of ``interval`` and of all that were joined to it, up to ``through``."""
     geometry = identity.geometry
     parts = [
         _HEADER.pack(
@@ -51,6 +54,7 @@ def encode(identity: Identity, generation: UUID, interval: int, pages: Mapping[i
             identity.uuid.bytes,
             generation.bytes,
             interval,
+            through,
             geometry.size_bytes,
             geometry.block_bytes,
             geometry.page_bytes,
@@ -64,18 +68,22 @@ def encode(identity: Identity, generation: UUID, interval: int, pages: Mapping[i
     return body + hashlib.blake2b(body, digest_size=_DIGEST_BYTES).digest()
 
 
-def decode(identity: Identity, generation: UUID, interval: int, data: bytes) -> PageMap:
-    """Raises Damaged for anything but what ``encode`` wrote for this image, generation and interval."""
+def decode(identity: Identity, generation: UUID, segment: Segment, data: bytes) -> PageMap:
+    """Raises Damaged for anything but what ``encode`` wrote for this image, generation and segment."""
     geometry = identity.geometry
-    where = file_name(interval)
+    where = file_name(segment.interval)
     body, digest = data[:-_DIGEST_BYTES], data[-_DIGEST_BYTES:]
     if len(data) < _HEADER.size + _DIGEST_BYTES or len(data) > size_bytes_max(identity):
         raise Damaged(f"{where}: its length is impossible")
     if hashlib.blake2b(body, digest_size=_DIGEST_BYTES).digest() != digest:
         raise Damaged(f"{where}: its checksum does not match")
-    magic, image, made_in, number, size, block, page_bytes, count = _HEADER.unpack_from(body)
-    if magic != MAGIC or image != identity.uuid.bytes or made_in != generation.bytes or number != interval:
+    magic, image, made_in, number, through, size, block, page_bytes, count = _HEADER.unpack_from(body)
+    mine = (MAGIC, identity.uuid.bytes, generation.bytes, segment.interval)
+    if (magic, image, made_in, number) != mine:
         raise Damaged(f"{where}: it belongs to another image, generation or interval")
+    # More than that is what a join leaves that was cut short: changes without a point between them.
+    if through < segment.through:
+        raise Damaged(f"{where}: it is older than the last join of intervals")
     # The size may be an earlier, smaller one; blocks beyond the image's end are cut off where they are used.
     if block != geometry.block_bytes or page_bytes != geometry.page_bytes or size <= 0:
         raise Damaged(f"{where}: its block or page size is not the image's")
@@ -106,13 +114,13 @@ def _inflate(packed: bytes, page_bytes: int, where: str) -> bytes:
     return page
 
 
-def load(identity: Identity, generation: UUID, number: int) -> Script[PageMap]:
-    """Read and decode one interval's file. Raises Damaged, also where it is missing."""
-    name = file_name(number)
+def load(identity: Identity, generation: UUID, segment: Segment) -> Script[PageMap]:
+    """Read and decode one segment's file. Raises Damaged, also where it is missing."""
+    name = file_name(segment.interval)
     if (yield Size(name)) is None:
         raise Damaged(f"{name} is missing")
     data = yield Read(name, 0, size_bytes_max(identity) + 1)
-    return decode(identity, generation, number, data)
+    return decode(identity, generation, segment, data)
 
 
 def unite(intervals: Iterable[Mapping[int, bytes]]) -> PageMap:

@@ -10,6 +10,11 @@ are marks, and nobody may believe the bitmap.
 The header says whether the image was closed cleanly (and what the raw file looked like then), or who has
 it open: boot, and the nonce of the shared bitmap (two while a cut is being made).
 
+Regions that the table does not know as open are, after a power loss, changes that nobody knows. So an MRT
+put back from an older time must be noticed. The RCT's roots name a header that was durable before them; and
+since whoever puts a file back can not set its ctime back, ``disk.mrt.time`` says, durably and beforehand,
+until when the MRT was going to be written.
+
 Byte layout in docs/formats/mrt.md.
 """
 
@@ -28,6 +33,11 @@ from diskd.errors import Damaged
 
 FILE: Final = "disk.mrt"
 MAGIC: Final = b"HFMRT001"
+STAMP_FILE: Final = "disk.mrt.time"
+STAMP_MAGIC: Final = b"HFMTM001"
+# A stamp is good for so long: then the next write of the MRT costs one sync more. Within this time (and some
+# for slow writes) of its last write, an older copy that was put back is not told by the file's time.
+STAMP_NS: Final = 10 * 10**9
 RECORD_BYTES: Final = 512
 # crc, index, tag (first bytes of the generation), root sequence, time
 _RECORD: Final = struct.Struct("<II8sQq")
@@ -180,22 +190,49 @@ class Table:
     bad: int
 
 
-def write_header(identity: Identity, header: Header) -> Script[None]:
+def stamp(identity: Identity, now_ns: int) -> Script[None]:
+    """Let it be known, durably, that the MRT is about to be written, for STAMP_NS from now."""
+    body = identity.uuid.bytes + (now_ns + STAMP_NS).to_bytes(8, "little")
+    data = STAMP_MAGIC + zlib.crc32(body).to_bytes(4, "little") + bytes(4) + body
+    yield Write(STAMP_FILE, 0, data.ljust(RECORD_BYTES, b"\0"))
+    yield Sync(STAMP_FILE)
+
+
+def load_stamp(identity: Identity) -> Script[int]:
+    """Until when the MRT was going to be written (ns). Raises Damaged."""
+    if (yield Size(STAMP_FILE)) is None:
+        raise Damaged(f"{STAMP_FILE} is missing")
+    data = yield Read(STAMP_FILE, 0, RECORD_BYTES)
+    body = data[16:40]
+    if (
+        len(data) != RECORD_BYTES
+        or data[:8] != STAMP_MAGIC
+        or zlib.crc32(body).to_bytes(4, "little") != data[8:12]
+        or body[:16] != identity.uuid.bytes
+    ):
+        raise Damaged(f"{STAMP_FILE}: its checksum does not match, or it belongs to another image")
+    return int.from_bytes(body[16:], "little")
+
+
+def write_header(identity: Identity, header: Header, now_ns: int) -> Script[None]:
     """Durable; into the slot that the previous header does not use."""
+    yield from stamp(identity, now_ns)
     yield Write(FILE, header.sequence % 2 * _HEADER_SLOT_BYTES, encode_header(identity, header))
     yield Sync(FILE)
 
 
 def write_records(generation: UUID, records: Iterable[Record]) -> Script[None]:
-    """Durable: one sync for all of them."""
+    """Durable: one sync for all of them. The stamp must be good for this moment."""
     for record in records:
         offset = _RECORDS_OFFSET + record.index * RECORD_BYTES
         yield Write(FILE, offset, encode_record(generation, record))
     yield Sync(FILE)
 
 
-def create(identity: Identity, header: Header) -> Script[None]:
+def create(identity: Identity, header: Header, now_ns: int) -> Script[None]:
     """Reserve the whole file; every region closed; ``header`` the only valid one. Idempotent."""
+    yield Allocate(STAMP_FILE, RECORD_BYTES)
+    yield from stamp(identity, now_ns)
     yield Allocate(FILE, file_bytes(identity))
     yield Write(FILE, (1 - header.sequence % 2) * _HEADER_SLOT_BYTES, bytes(RECORD_BYTES))
     closed = bytes(identity.geometry.region_count)
@@ -204,7 +241,7 @@ def create(identity: Identity, header: Header) -> Script[None]:
         for index in range(record_count(identity))
     ]
     yield from write_records(header.generation, records)
-    yield from write_header(identity, header)
+    yield from write_header(identity, header, now_ns)
 
 
 def load_header(identity: Identity) -> Script[Header]:

@@ -56,10 +56,12 @@ class Point:
 
 @attrs.frozen
 class Segment:
-    """A closed interval with a file of its own. Over-report is 0 where it is exact."""
+    """A closed interval with a file of its own. Over-report is 0 where it is exact. ``through``: the last
+    interval whose changes that file must hold, or else it was put back from before the two were joined."""
 
     interval: int
     over_report_bytes: int
+    through: int
 
 
 @attrs.frozen
@@ -123,7 +125,7 @@ def cut(catalogue: Catalogue, point: str, size_bytes: int, over_report_bytes: in
         # Only invalid ones can be left in excess; the oldest of them has been said long enough.
         points.remove(next(known for known in points if known.state == "invalid"))
     points.append(Point(point, catalogue.generation, sequence, size_bytes, "pending"))
-    segments = [*catalogue.segments, Segment(catalogue.active, over_report_bytes)]
+    segments = [*catalogue.segments, Segment(catalogue.active, over_report_bytes, catalogue.active)]
     return _useful(attrs.evolve(catalogue, active=sequence, points=points, segments=segments))
 
 
@@ -131,7 +133,7 @@ def end_interval(catalogue: Catalogue, over_report_bytes: int) -> Catalogue:
     """The active interval ends without a point, and the next begins (a resize). Raises Refused."""
     if len(catalogue.segments) >= POINTS_MAX:
         raise Refused(f"the image has {POINTS_MAX} intervals: delete a point with diskctl point delete")
-    segments = [*catalogue.segments, Segment(catalogue.active, over_report_bytes)]
+    segments = [*catalogue.segments, Segment(catalogue.active, over_report_bytes, catalogue.active)]
     return _useful(attrs.evolve(catalogue, active=catalogue.active + 1, segments=segments))
 
 
@@ -184,7 +186,7 @@ def joinable(catalogue: Catalogue) -> tuple[Segment, Segment] | None:
 
 def joined(catalogue: Catalogue, left: Segment, right: Segment) -> Catalogue:
     """``left`` now holds both; the number of ``right`` is gone."""
-    both = Segment(left.interval, left.over_report_bytes + right.over_report_bytes)
+    both = Segment(left.interval, left.over_report_bytes + right.over_report_bytes, right.through)
     segments = [both if one == left else one for one in catalogue.segments if one != right]
     return attrs.evolve(catalogue, segments=segments)
 
@@ -260,6 +262,12 @@ def _check(catalogue: Catalogue) -> None:
             for point in points
         ),
         all(segment.over_report_bytes >= 0 for segment in catalogue.segments),
+        all(
+            segment.interval <= segment.through < following
+            for segment, following in zip(
+                catalogue.segments, [*intervals[1:], catalogue.active], strict=False
+            )
+        ),
     ]
     if not all(facts):
         raise Damaged(f"{FILE}: it contradicts itself")

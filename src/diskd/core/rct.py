@@ -27,8 +27,9 @@ from diskd.errors import Damaged
 
 FILE: Final = "disk.rct"
 MAGIC: Final = b"HFRCT001"
-# magic, digest, image, generation, sequence, interval, over-report, size, block, region, page, page count
-_HEADER: Final = struct.Struct("<8s16s16s16sQQQQIIII")
+# magic, digest, image, generation, sequence, interval, over-report, size, block, region, page, page count,
+# header sequence
+_HEADER: Final = struct.Struct("<8s16s16s16sQQQQIIIIQ")
 _HEADER_BYTES: Final = 128
 _DIGEST: Final = slice(8, 24)
 _ALIGN: Final = 4096
@@ -38,7 +39,8 @@ ZERO: Final = 2  # the slot of a page without a set bit
 
 @attrs.frozen(eq=False)
 class Root:
-    """One consistent bitmap. ``slots`` and ``checksums`` have one entry per page."""
+    """One consistent bitmap. ``slots`` and ``checksums`` have one entry per page. ``header_sequence``: of a
+    header of the MRT that was durable before this: an MRT that is older was put back."""
 
     generation: UUID
     sequence: int
@@ -46,6 +48,7 @@ class Root:
     over_report_bytes: int
     slots: bytes
     checksums: bytes  # little-endian 32-bit CRCs
+    header_sequence: int = 0
 
 
 def empty_root(identity: Identity, generation: UUID, *, sequence: int, interval: int) -> Root:
@@ -87,6 +90,7 @@ def encode_root(identity: Identity, root: Root) -> bytes:
         geometry.region_bytes,
         geometry.page_bytes,
         geometry.page_count,
+        root.header_sequence,
     ).ljust(_HEADER_BYTES, b"\0")
     data = bytearray(header + root.checksums + root.slots)
     data[_DIGEST] = hashlib.blake2b(data, digest_size=16).digest()
@@ -102,9 +106,8 @@ def decode_root(identity: Identity, data: bytes) -> Root | None:
     blank[_DIGEST] = bytes(16)
     if hashlib.blake2b(blank, digest_size=16).digest() != data[_DIGEST]:
         return None
-    _, _, image, generation, sequence, interval, over, size, block, region, page_bytes, pages = (
-        _HEADER.unpack_from(data)
-    )
+    fields = _HEADER.unpack_from(data)
+    image, generation, sequence, interval, over, size, block, region, page_bytes, pages, header = fields[2:]
     expected = (
         identity.uuid.bytes,
         geometry.size_bytes,
@@ -119,7 +122,7 @@ def decode_root(identity: Identity, data: bytes) -> Root | None:
     slots = data[_HEADER_BYTES + 4 * pages :]
     if max(slots) > ZERO:
         return None
-    return Root(UUID(bytes=generation), sequence, interval, over, slots, checksums)
+    return Root(UUID(bytes=generation), sequence, interval, over, slots, checksums, header)
 
 
 def create(identity: Identity, root: Root) -> Script[None]:
@@ -158,10 +161,10 @@ def store(identity: Identity, root: Root, pages: Mapping[int, bytes]) -> Script[
     return stored
 
 
-def restart(identity: Identity, root: Root, *, interval: int) -> Script[Root]:
+def restart(identity: Identity, root: Root, *, interval: int, header_sequence: int) -> Script[Root]:
     """Begin the next interval durably, all pages zero."""
     begun = empty_root(identity, root.generation, sequence=root.sequence, interval=interval)
-    return (yield from store(identity, begun, {}))
+    return (yield from store(identity, attrs.evolve(begun, header_sequence=header_sequence), {}))
 
 
 def load(identity: Identity) -> Script[tuple[Root, PageMap]]:

@@ -12,7 +12,7 @@ is given up before what replaces it is durable.
 """
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Final, Literal
 from uuid import UUID
 
 import attrs
@@ -25,16 +25,21 @@ from diskd.core.shared import SharedArea, SharedMemory, create_area, open_area
 from diskd.core.steps import Read, Replace, Script, Size, Sync
 from diskd.errors import Damaged
 
+# How much later than its stamp allows a write of the MRT may reach the file, at worst.
+WRITE_NS_MAX: Final = 10 * 10**9
+
 How = Literal["clean", "daemon_crash", "power_loss", "resized", "new_generation"]
 
 
 @attrs.frozen
 class Surroundings:
-    """What the shell knows at the opening. ``interval_ns`` is tracking_flush_interval."""
+    """What the shell knows at the opening. ``interval_ns`` is tracking_flush_interval; ``mrt_changed_ns``
+    when disk.mrt was changed last as the file system says (its ctime), 0 where it is missing."""
 
     memory: SharedMemory
     boot_id: UUID
     raw: mrt.RawFacts
+    mrt_changed_ns: int
     now_ns: int
     interval_ns: int
     fresh_nonce: bytes
@@ -73,7 +78,7 @@ def recover(identity: Identity, around: Surroundings) -> Script[Recovered]:
     yield from _settle()
     try:
         header = yield from mrt.load_header(identity)
-        found = yield from _load(identity, header)
+        found = yield from _load(identity, around, header)
         area = _shared(identity, around, found)
         reason = _outside_change(around, found, area)
     except Damaged as error:
@@ -90,12 +95,12 @@ def recover(identity: Identity, around: Surroundings) -> Script[Recovered]:
 def _settle() -> Script[None]:
     """Make durable what a crashed daemon left in the page cache. Whatever is read below is relied upon (a
     page is not written again, a region may close), so a later power loss must not take it back."""
-    for name in (rct.FILE, mrt.FILE):
+    for name in (rct.FILE, mrt.FILE, mrt.STAMP_FILE):
         if (yield Size(name)) is not None:
             yield Sync(name)
 
 
-def _load(identity: Identity, header: mrt.Header) -> Script[_Found]:
+def _load(identity: Identity, around: Surroundings, header: mrt.Header) -> Script[_Found]:
     catalogue = yield from load_catalogue(identity)
     root, pages = yield from rct.load(identity)
     if not str(root.generation) == catalogue.generation == str(header.generation):
@@ -103,6 +108,13 @@ def _load(identity: Identity, header: mrt.Header) -> Script[_Found]:
     table = yield from mrt.load_table(identity, header.generation)
     if root.sequence < max(table.root_sequence, header.root_sequence):
         raise Damaged(f"{rct.FILE} is older than {mrt.FILE} knows it")
+    if header.sequence < root.header_sequence:
+        raise Damaged(f"{mrt.FILE} is older than {rct.FILE} knows it")
+    # Open regions that it does not know are changes that nobody else does after a power loss. Whoever puts an
+    # older copy back cannot set the file's ctime back with it.
+    stamped_ns = yield from mrt.load_stamp(identity)
+    if not header.clean and around.mrt_changed_ns > stamped_ns + WRITE_NS_MAX:
+        raise Damaged(f"{mrt.FILE} was put back from an older time, or changed outside diskd")
     behind = catalogue.active - root.interval
     if behind not in (0, 1) or (behind and header.clean):
         raise Damaged(f"{rct.FILE} holds another interval than {points.FILE} says")
@@ -172,7 +184,8 @@ def _catch_up(identity: Identity, found: _Found) -> Script[rct.Root]:
     the root that is there must stay whole until the next one is durable."""
     if found.root.interval == found.catalogue.active:
         return found.root
-    return (yield from rct.restart(identity, found.root, interval=found.catalogue.active))
+    active, known = found.catalogue.active, found.header.sequence
+    return (yield from rct.restart(identity, found.root, interval=active, header_sequence=known))
 
 
 def _next_header(around: Surroundings, found: _Found, root: rct.Root, nonce: bytes) -> mrt.Header:
@@ -211,7 +224,7 @@ def _resume(identity: Identity, around: Surroundings, found: _Found, area: Share
         dirty[index] = 1
     root = yield from _catch_up(identity, found)
     header = _next_header(around, found, root, area.nonce)
-    yield from mrt.write_header(identity, header)
+    yield from mrt.write_header(identity, header, around.now_ns)
     for nonce in (found.header.nonce, found.header.next_nonce):
         if nonce not in (area.nonce, mrt.NO_NONCE):
             around.memory.remove(nonce)
@@ -242,7 +255,9 @@ def _from_disk(identity: Identity, around: Surroundings, found: _Found) -> Scrip
         root = yield from rct.store(identity, over, changed)
     header = _next_header(around, found, root, around.fresh_nonce)
     area.time_ns = header.time_ns
-    yield from mrt.write_header(identity, header)
+    yield from mrt.write_header(identity, header, around.now_ns)
+    # From here on no older header can be believed, even where nothing is flushed for a long time.
+    root = yield from rct.store(identity, attrs.evolve(root, header_sequence=header.sequence), {})
     for nonce in (found.header.nonce, found.header.next_nonce):
         if nonce != mrt.NO_NONCE:
             around.memory.remove(nonce)
@@ -308,7 +323,7 @@ def _new_generation(
         raw=around.raw,
     )
     area.time_ns = header.time_ns
-    yield from mrt.create(identity, header)
+    yield from mrt.create(identity, header, around.now_ns)
     for nonce in (old.nonce, old.next_nonce) if old is not None else ():
         if nonce != mrt.NO_NONCE:
             around.memory.remove(nonce)
@@ -333,4 +348,4 @@ def create(identity: Identity, generation: UUID, raw: mrt.RawFacts) -> Script[No
         time_ns=max(raw.mtime_ns, raw.ctime_ns),
         raw=raw,
     )
-    yield from mrt.create(identity, header)
+    yield from mrt.create(identity, header, header.time_ns)

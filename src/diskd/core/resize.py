@@ -28,7 +28,7 @@ from daemonkit.units import format_size
 from diskd.core import mrt, points, rct
 from diskd.core.geometry import IMAGE_TOML, RAW, Geometry, Identity, encode_identity
 from diskd.core.points import Catalogue
-from diskd.core.recovery import Recovered
+from diskd.core.recovery import WRITE_NS_MAX, Recovered
 from diskd.core.shared import SharedArea
 from diskd.core.steps import Allocate, Read, Remove, Replace, Script, Size, Sync, Truncate
 from diskd.core.tracker import Tracker, next_header, store_interval
@@ -107,10 +107,12 @@ def plan(tracker: Tracker, raw: mrt.RawFacts, to_bytes: int, now_ns: int) -> Int
     )
 
 
-def reserve(identity: Identity) -> Script[None]:
-    """Room for the side files at this, larger size. A failure changes nothing."""
-    yield Allocate(rct.FILE, rct.file_bytes(identity))
+def reserve(identity: Identity, now_ns: int) -> Script[None]:
+    """Room for the side files at this, larger size. A failure changes nothing. No other write of the MRT may
+    be under way."""
+    yield from mrt.stamp(identity, now_ns)
     yield Allocate(mrt.FILE, mrt.file_bytes(identity))
+    yield Allocate(rct.FILE, rct.file_bytes(identity))
 
 
 def record(tracker: Tracker, intent: Intent) -> Script[None]:
@@ -153,14 +155,14 @@ def _left_header(intent: Intent) -> mrt.Header:
     )
 
 
-def carry_out(identity: Identity, intent: Intent, header: mrt.Header) -> Script[None]:
+def carry_out(identity: Identity, intent: Intent, header: mrt.Header, now_ns: int) -> Script[None]:
     """Do what the recorded intent says; ``identity`` has the new size. May be repeated at any time."""
     if (yield Size(RAW)) != intent.to_bytes:
         yield Truncate(RAW, intent.to_bytes)
     yield Sync(RAW)
     yield Replace(points.FILE, points.encode_catalogue(identity, intent.catalogue))
     yield from rct.create(identity, new_root(identity, intent))
-    yield from mrt.create(identity, header)
+    yield from mrt.create(identity, header, now_ns)
     yield Replace(IMAGE_TOML, encode_identity(identity))
     yield Remove(FILE)
 
@@ -172,8 +174,11 @@ def recovered(identity: Identity, intent: Intent, header: mrt.Header, area: Shar
     return Recovered("resized", None, area, root, header, intent.catalogue, closed, dirty)
 
 
-def resume(identity: Identity, raw: mrt.RawFacts, *, now_ns: int, interval_ns: int) -> Script[Identity]:
+def resume(
+    identity: Identity, raw: mrt.RawFacts, *, mrt_changed_ns: int, now_ns: int, interval_ns: int
+) -> Script[Identity]:
     """At the opening, before anything else is read: finish a resize. What the image is afterwards.
+    ``mrt_changed_ns`` as in recovery.Surroundings.
 
     Raises Damaged where the intent cannot be the last word about this image.
     """
@@ -194,19 +199,24 @@ def resume(identity: Identity, raw: mrt.RawFacts, *, now_ns: int, interval_ns: i
     if raw.size_bytes not in (size, intent.to_bytes):
         return identity  # which opening refuses, with both sizes
     target = grown(identity, intent.to_bytes)
-    if (yield from _is_outdated(identity, target, intent)):
+    if (yield from _is_outdated(identity, target, intent, mrt_changed_ns)):
         raise Damaged(f"{FILE} and {IMAGE_TOML} are older than {mrt.FILE} knows them: restore all files")
     untouched = max(raw.mtime_ns, raw.ctime_ns) <= intent.time_ns + 2 * interval_ns
     if untouched and raw.inode == intent.raw.inode and raw.size_bytes == size:
         # The raw file is about to change once more, and must not be taken for changed outside.
         intent = attrs.evolve(intent, time_ns=max(now_ns, intent.time_ns))
         yield Replace(FILE, encode_intent(identity, intent))
-    yield from carry_out(target, intent, _left_header(intent))
+    yield from carry_out(target, intent, _left_header(intent), now_ns)
     return target
 
 
-def _is_outdated(before: Identity, target: Identity, intent: Intent) -> Script[bool]:
+def _is_outdated(before: Identity, target: Identity, intent: Intent, mrt_changed_ns: int) -> Script[bool]:
     """Whether tracking went on after this intent: then it was put back from an older time."""
+    try:
+        if mrt_changed_ns > (yield from mrt.load_stamp(before)) + WRITE_NS_MAX:
+            return True
+    except Damaged:
+        return True
     old = yield from _sequence(before)
     new = yield from _sequence(target)
     if old >= intent.header_sequence or new not in (0, intent.header_sequence):

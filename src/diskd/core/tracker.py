@@ -42,10 +42,12 @@ REQUEST_BYTES_MAX: Final = 64 << 20
 
 @attrs.frozen
 class Commit:
-    """One write of MRT records: what it opens, and the records over all that is open or closed by then."""
+    """One write of MRT records: what it opens, and the records over all that is open or closed by then.
+    ``stamp_ns``: the time to stamp it with first, where the last stamp does not hold any more."""
 
     opening: list[int]
     records: list[mrt.Record]
+    stamp_ns: int | None
 
 
 @attrs.frozen(eq=False)
@@ -109,6 +111,7 @@ class Tracker:
         self._committing: Commit | None = None
         self._flushing: Flush | None = None
         self._stamped_ns = recovered.header.time_ns
+        self._mrt_stamped_ns = 0
 
     # --- marks (T1) --------------------------------------------------------------------------------
 
@@ -181,7 +184,10 @@ class Tracker:
             mrt.pack_record(index, self._durable_open, self.root.sequence, time_ns)
             for index in sorted(touched)
         ]
-        self._committing = Commit(opening, records)
+        stamp_ns = None
+        if not self._mrt_stamped_ns <= now_ns <= self._mrt_stamped_ns + mrt.STAMP_NS // 2:
+            stamp_ns = self._mrt_stamped_ns = now_ns
+        self._committing = Commit(opening, records, stamp_ns)
         return self._committing
 
     def _choose(self) -> list[int]:
@@ -228,7 +234,12 @@ class Tracker:
         self._dirty = bytearray(len(self._dirty))
         self._changed = bytearray(len(self._changed))
         over = self.area.over_report_bytes
-        root = attrs.evolve(self.root, interval=self.area.interval, over_report_bytes=over)
+        root = attrs.evolve(
+            self.root,
+            interval=self.area.interval,
+            over_report_bytes=over,
+            header_sequence=self.header.sequence,
+        )
         needed = bool(pages) or root.interval != self.root.interval or over != self.root.over_report_bytes
         self._flushing = Flush(pages, root, bytes(self._open), needed)
         return self._flushing
@@ -328,6 +339,8 @@ def flush(tracker: Tracker, begun: Flush) -> Script[rct.Root]:
 
 def commit(tracker: Tracker, begun: Commit) -> Script[None]:
     """Write a begun commit."""
+    if begun.stamp_ns is not None:
+        yield from mrt.stamp(tracker.identity, begun.stamp_ns)
     yield from mrt.write_records(tracker.generation, begun.records)
 
 
@@ -342,15 +355,22 @@ def store_interval(tracker: Tracker, area: SharedArea, catalogue: Catalogue) -> 
     number = area.interval
     if any(segment.interval == number for segment in catalogue.segments):
         pages = page_map(area.bits, tracker.identity.geometry.page_bytes)
-        data = interval_file.encode(tracker.identity, tracker.generation, number, pages)
+        data = interval_file.encode(tracker.identity, tracker.generation, number, pages, through=number)
         yield Replace(interval_file.file_name(number), data)
 
 
-def switch_interval(tracker: Tracker, catalogue: Catalogue, header: mrt.Header) -> Script[rct.Root]:
+def switch_interval(
+    tracker: Tracker, catalogue: Catalogue, header: mrt.Header, now_ns: int
+) -> Script[rct.Root]:
     """After the catalogue with the cut was replaced, which is the cut's durable instant: begin the next
     interval in the RCT and name its bitmap in the MRT. Recovery does the same where a crash comes between."""
-    stored = yield from rct.restart(tracker.identity, tracker.root, interval=catalogue.active)
-    yield from mrt.write_header(tracker.identity, header)
+    stored = yield from rct.restart(
+        tracker.identity,
+        tracker.root,
+        interval=catalogue.active,
+        header_sequence=tracker.header.sequence,
+    )
+    yield from mrt.write_header(tracker.identity, header, now_ns)
     return stored
 
 
@@ -371,12 +391,13 @@ def join_segments(
     left, right = pair
     pages = interval_file.unite(
         [
-            (yield from interval_file.load(identity, generation, left.interval)),
-            (yield from interval_file.load(identity, generation, right.interval)),
+            (yield from interval_file.load(identity, generation, left)),
+            (yield from interval_file.load(identity, generation, right)),
         ]
     )
     name = interval_file.file_name(left.interval)
-    yield Replace(name, interval_file.encode(identity, generation, left.interval, pages))
+    data = interval_file.encode(identity, generation, left.interval, pages, through=right.through)
+    yield Replace(name, data)
     catalogue = points.joined(catalogue, left, right)
     yield from replace_catalogue(identity, catalogue)
     return catalogue

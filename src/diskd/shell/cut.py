@@ -18,6 +18,7 @@ from diskd.core import mrt, points
 from diskd.core.shared import create_area
 from diskd.core.tracker import next_header, replace_catalogue, store_interval, switch_interval
 from diskd.errors import Refused
+from diskd.shell.raw_layer import now_ns
 
 if TYPE_CHECKING:
     from diskd.shell.image import Image
@@ -61,7 +62,7 @@ class Cut:
             try:
                 async with image.commit_turn:
                     header = next_header(tracker, next_nonce=nonce, root_sequence=tracker.root.sequence)
-                    await image.perform(mrt.write_header(image.identity, header))
+                    await image.perform(mrt.write_header(image.identity, header, now_ns()))
                     tracker.prepare(area, header)
             finally:
                 if tracker.prepared is not area:  # cancelled, or failed: nobody else knows of it
@@ -96,7 +97,7 @@ class Cut:
                     root_sequence=tracker.root.sequence,
                 )
                 await image.perform(replace_catalogue(image.identity, catalogue), refusable=True)
-                root = await image.perform(switch_interval(tracker, catalogue, header))
+                root = await image.perform(switch_interval(tracker, catalogue, header, now_ns()))
                 done = tracker.persisted(catalogue, root, header)
             image.shared.remove(done.nonce)
             done.release()
@@ -119,7 +120,7 @@ class Cut:
                     next_nonce=mrt.NO_NONCE,
                     root_sequence=tracker.root.sequence,
                 )
-                await image.perform(mrt.write_header(image.identity, header))
+                await image.perform(mrt.write_header(image.identity, header, now_ns()))
                 tracker.header = header
             image.shared.remove(unused.nonce)
             unused.release()

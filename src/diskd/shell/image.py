@@ -26,7 +26,7 @@ from diskd.core import interval, mrt, points
 from diskd.core.changes import report
 from diskd.core.extents import PageMap, copy_pages
 from diskd.core.geometry import BLOCK_BYTES_DEFAULT, REGION_BYTES_DEFAULT, Geometry, Identity
-from diskd.core.points import Catalogue, Point, Span
+from diskd.core.points import Catalogue, Point, Segment, Span
 from diskd.core.ports import ChangeReport, Layer
 from diskd.core.statistics import IoCounts
 from diskd.core.steps import Script
@@ -87,6 +87,11 @@ class Image:
         self.commit_turn = trio.Lock()
         self._room_turn = trio.Lock()
         self._holds = 0
+        self.zeroes_are_held = False
+        self.zeroings = 0
+        self._zero_holds = 0
+        self._zeroes_unheld = trio.Event()
+        self._zeroes_quiet = trio.Event()
         self._unheld = trio.Event()
         self._quiet = trio.Event()
         self._cut = Cut(self)
@@ -175,7 +180,7 @@ class Image:
                 time_ns=now_ns(),
                 raw=facts,
             )
-            await self.perform(mrt.write_header(self.identity, header))
+            await self.perform(mrt.write_header(self.identity, header, now_ns()))
             self.tracker.header = header
         self.shared.remove(nonce)
 
@@ -201,20 +206,50 @@ class Image:
 
     @contextlib.asynccontextmanager
     async def held(self) -> AsyncIterator[None]:
-        """New writes of every writer wait; entered when those submitted are done. Keep it short."""
-        self._holds += 1
-        if not self.is_held:
-            self.is_held, self._unheld = True, trio.Event()
+        """New writes of every writer wait; entered when those submitted are done. Keep it short.
+
+        Punching a large range can take seconds, so first of all no further range is zeroed, and writes go on
+        until those under way are: then what is waited for while writes are held is short.
+        """
+        async with self._zeroes_held():
+            self._holds += 1
+            if not self.is_held:
+                self.is_held, self._unheld = True, trio.Event()
+            try:
+                while self.writes:
+                    self._quiet = trio.Event()
+                    await self._quiet.wait()
+                yield
+            finally:
+                self._holds -= 1
+                if not self._holds:
+                    self.is_held = False
+                    self._unheld.set()
+
+    @contextlib.asynccontextmanager
+    async def _zeroes_held(self) -> AsyncIterator[None]:
+        self._zero_holds += 1
+        if not self.zeroes_are_held:
+            self.zeroes_are_held, self._zeroes_unheld = True, trio.Event()
         try:
-            while self.writes:
-                self._quiet = trio.Event()
-                await self._quiet.wait()
+            while self.zeroings:
+                self._zeroes_quiet = trio.Event()
+                await self._zeroes_quiet.wait()
             yield
         finally:
-            self._holds -= 1
-            if not self._holds:
-                self.is_held = False
-                self._unheld.set()
+            self._zero_holds -= 1
+            if not self._zero_holds:
+                self.zeroes_are_held = False
+                self._zeroes_unheld.set()
+
+    async def wait_zeroes_unheld(self) -> None:
+        """As ``wait_unheld``, for whoever zeroes a range."""
+        await self._zeroes_unheld.wait()
+
+    def zeroing_done(self) -> None:
+        """A part of a range has been zeroed."""
+        if not self.zeroings:
+            self._zeroes_quiet.set()
 
     async def wait_unheld(self) -> None:
         """Return when no hold is in force, or was not a moment ago: look again."""
@@ -424,7 +459,7 @@ class Image:
 
     def _report(self, span: Span, active: list[_Used], over: int) -> ChangeReport:
         page_bytes = self.identity.geometry.page_bytes
-        found = [self._read_interval(segment.interval) for segment in span.segments]
+        found = [self._read_interval(segment) for segment in span.segments]
         found += [copy_pages(bits, page_bytes, pages) for bits, pages in active]
         return report(self.identity.geometry, span, interval.unite(found), active_over_report_bytes=over)
 
@@ -433,10 +468,10 @@ class Image:
         if self.tracker.catalogue is catalogue:
             raise points.damaged(point, str(error)) from error
 
-    def _read_interval(self, number: int) -> PageMap:
-        path = self.directory / interval.file_name(number)
+    def _read_interval(self, segment: Segment) -> PageMap:
+        path = self.directory / interval.file_name(segment.interval)
         try:
             data = durable.read_small_file(path, size_bytes_max=interval.size_bytes_max(self.identity))
         except FileNotFoundError as error:
             raise Damaged(f"{path.name} is missing") from error
-        return interval.decode(self.identity, self.tracker.generation, number, data)
+        return interval.decode(self.identity, self.tracker.generation, segment, data)

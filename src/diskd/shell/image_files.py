@@ -106,9 +106,20 @@ def _lock_raw(name: str, files: Files) -> None:
 
 def _finish_resize(identity: Identity, settings: ImageSettings, files: Files) -> Identity:
     script = resize.resume(
-        identity, settled_facts(files), now_ns=now_ns(), interval_ns=settings.tracking_flush_interval_ns
+        identity,
+        settled_facts(files),
+        mrt_changed_ns=_changed_ns(files.directory / mrt.FILE),
+        now_ns=now_ns(),
+        interval_ns=settings.tracking_flush_interval_ns,
     )
     return files.run_blocking(script)
+
+
+def _changed_ns(path: Path) -> int:
+    try:
+        return path.stat().st_ctime_ns
+    except FileNotFoundError:
+        return 0
 
 
 def _recover(
@@ -130,6 +141,7 @@ def _recover(
         memory=shared,
         boot_id=boot_id,
         raw=facts,
+        mrt_changed_ns=_changed_ns(directory / mrt.FILE),
         now_ns=now_ns(),
         interval_ns=settings.tracking_flush_interval_ns,
         fresh_nonce=secrets.token_bytes(16),

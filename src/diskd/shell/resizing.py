@@ -51,7 +51,8 @@ async def grow(image: Image, size_bytes: int) -> None:
     area = await _new_area(image, target)
     try:
         try:
-            await image.perform(core.reserve(target), refusable=True)
+            async with image.commit_turn:
+                await image.perform(core.reserve(target, now_ns()), refusable=True)
             await image.sync_layer()
             await _swap(image, target, area)
         except OSError as error:
@@ -109,7 +110,7 @@ async def _swap(image: Image, target: Identity, area: SharedArea) -> None:
             # A crash from here on finds times of the raw file that are later than any write.
             area.time_ns = max(now_ns(), intent.time_ns)
             header = core.live_header(tracker, intent, area.nonce)
-            await image.perform(core.carry_out(target, intent, header))
+            await image.perform(core.carry_out(target, intent, header, now_ns()))
             area.time_ns = now_ns()
         old = tracker.resized(target, core.recovered(target, intent, header, area))
         image.resized(target)

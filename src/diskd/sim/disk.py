@@ -104,6 +104,7 @@ class SimDisk:
         self.boot = 1
         self.steps = 0
         self.crash_in: int | None = None
+        self.before_step: Callable[[Step], None] | None = None
         self.fail_when: Callable[[Step], int | None] = lambda step: None
 
     def run(self, script: Script[T]) -> T:
@@ -124,6 +125,8 @@ class SimDisk:
 
     def execute(self, step: Step) -> Any:
         """One step. Raises Crashed when the countdown is over, OSError where the step fails."""
+        if self.before_step is not None:
+            self.before_step(step)
         if self.crash_in is not None:
             if self.crash_in <= 0:
                 raise Crashed

@@ -6,6 +6,7 @@ a seeded scheduler picks who goes on. Beside it runs a naive oracle: the raw con
 of blocks that were admitted since. ``check`` compares every answer with both.
 """
 
+import contextlib
 import itertools
 from collections.abc import Generator, Iterator
 from random import Random
@@ -21,7 +22,7 @@ from diskd.core.geometry import IMAGE_TOML, RAW, Geometry, Identity, decode_iden
 from diskd.core.points import Catalogue
 from diskd.core.ports import ChangeReport
 from diskd.core.shared import create_area
-from diskd.core.steps import Punch, Replace, Script, Step, Sync, Truncate, Write
+from diskd.core.steps import Allocate, Punch, Replace, Script, Step, Sync, Truncate, Write
 from diskd.core.tracker import (
     Tracker,
     commit,
@@ -73,7 +74,7 @@ class SimImage:
         self.confirmed: set[str] = set()
         self.deleting: set[str] = set()
         self.now_ns = 1_000_000_000_000
-        self.raw_time_ns = self.now_ns
+        self.raw_time_ns = self.mrt_time_ns = self.now_ns
         self._version = 0
         self._point = 0
         self.disk.run(self._create())
@@ -94,13 +95,20 @@ class SimImage:
     def power_on(self) -> recovery.Recovered:
         """Recover and be ready. Raises Crashed in the middle where the disk is told so."""
         identity = decode_identity(self.disk.peek(IMAGE_TOML))
-        script = resize.resume(identity, self._facts(), now_ns=self.now_ns, interval_ns=_INTERVAL_NS)
+        script = resize.resume(
+            identity,
+            self._facts(),
+            mrt_changed_ns=self.mrt_time_ns,
+            now_ns=self.now_ns,
+            interval_ns=_INTERVAL_NS,
+        )
         was = self.disk.size(RAW)
-        try:
-            self.identity = self.disk.run(script)
-        finally:
-            if self.disk.size(RAW) != was:
-                self.raw_time_ns = self.now_ns
+        with self._noting_mrt():
+            try:
+                self.identity = self.disk.run(script)
+            finally:
+                if self.disk.size(RAW) != was:
+                    self.raw_time_ns = self.now_ns
         if self.disk.size(RAW) != self.size_bytes:
             raise Damaged("the raw file has another size than image.toml says")
         self._oracle_grows()
@@ -108,12 +116,14 @@ class SimImage:
             memory=self.disk.shared,
             boot_id=UUID(int=self.disk.boot),
             raw=self._facts(),
+            mrt_changed_ns=self.mrt_time_ns,
             now_ns=self.now_ns,
             interval_ns=_INTERVAL_NS,
             fresh_nonce=self.rng.randbytes(16),
             fresh_generation=self._uuid(),
         )
-        recovered = self.disk.run(recovery.recover(self.identity, around))
+        with self._noting_mrt():
+            recovered = self.disk.run(recovery.recover(self.identity, around))
         bound = OPEN_REGIONS_MAX * self.identity.geometry.region_bytes
         self.tracker = Tracker(self.identity, recovered, max_open_bytes=bound)
         self._tasks: list[tuple[Task, Any]] = []
@@ -121,6 +131,16 @@ class SimImage:
         self._held = False
         self._writes = 0
         return recovered
+
+    @contextlib.contextmanager
+    def _noting_mrt(self) -> Iterator[None]:
+        """The time of disk.mrt is that of whatever changes it."""
+        before = self.disk.peek(mrt.FILE) if mrt.FILE in self.disk.names() else b""
+        try:
+            yield
+        finally:
+            if mrt.FILE in self.disk.names() and self.disk.peek(mrt.FILE) != before:
+                self.mrt_time_ns = self.now_ns
 
     @property
     def size_bytes(self) -> int:
@@ -153,6 +173,8 @@ class SimImage:
         result = self.disk.execute(step)
         if step.file == RAW and isinstance(step, Write | Punch | Truncate):
             self.raw_time_ns = self.now_ns
+        elif step.file == mrt.FILE and isinstance(step, Write | Allocate):
+            self.mrt_time_ns = self.now_ns
         return result
 
     def _turn(self, name: str) -> Iterator[None]:
@@ -239,7 +261,7 @@ class SimImage:
         area = create_area(self.disk.shared, self.identity, self.tracker.generation, boot, nonce, active)
         yield from self._turn("commit")
         header = next_header(self.tracker, next_nonce=nonce)
-        yield from mrt.write_header(self.identity, header)
+        yield from mrt.write_header(self.identity, header, self.now_ns)
         self.tracker.prepare(area, header)
         self._busy.difference_update(("commit", "flush"))
         yield None
@@ -264,7 +286,7 @@ class SimImage:
         unused = self.tracker.unfreeze()
         yield from self._turn("commit")
         header = next_header(self.tracker, nonce=self.tracker.area.nonce, next_nonce=mrt.NO_NONCE)
-        yield from mrt.write_header(self.identity, header)
+        yield from mrt.write_header(self.identity, header, self.now_ns)
         self.tracker.header = header
         self.disk.shared.remove(unused.nonce)
         self._busy.difference_update(("commit", "flush"))
@@ -282,7 +304,7 @@ class SimImage:
         yield from self._turn("commit")
         header = next_header(tracker, nonce=tracker.area.nonce, next_nonce=mrt.NO_NONCE)
         yield from replace_catalogue(self.identity, catalogue)
-        root = yield from switch_interval(tracker, catalogue, header)
+        root = yield from switch_interval(tracker, catalogue, header, self.now_ns)
         done = tracker.persisted(catalogue, root, header)
         self.disk.shared.remove(done.nonce)
         if confirm:
@@ -329,7 +351,9 @@ class SimImage:
         nonce, active = self.rng.randbytes(16), tracker.catalogue.active + 1
         generation, boot = tracker.generation, tracker.header.boot_id
         area = create_area(self.disk.shared, identity, generation, boot, nonce, active)
-        yield from resize.reserve(identity)
+        yield from self._turn("commit")
+        yield from resize.reserve(identity, self.now_ns)
+        self._busy.remove("commit")
         self._held = True
         while self._writes:
             yield None
@@ -339,7 +363,7 @@ class SimImage:
         yield from resize.record(tracker, intent)
         area.time_ns = self.now_ns + _INTERVAL_NS // 5
         header = resize.live_header(tracker, intent, nonce)
-        yield from resize.carry_out(identity, intent, header)
+        yield from resize.carry_out(identity, intent, header, self.now_ns)
         old = tracker.resized(identity, resize.recovered(identity, intent, header, area))
         self.identity = identity
         self._oracle_grows()
@@ -362,7 +386,7 @@ class SimImage:
             time_ns=self.now_ns,
             raw=self._facts(),
         )
-        yield from mrt.write_header(self.identity, header)
+        yield from mrt.write_header(self.identity, header, self.now_ns)
         self.disk.shared.remove(nonce)
 
     def random_write(self) -> Task:
@@ -385,8 +409,7 @@ class SimImage:
         span = points.span(self.tracker.catalogue, point, until)
         generation = self.tracker.generation
         closed = [
-            self.disk.run(interval.load(self.identity, generation, segment.interval))
-            for segment in span.segments
+            self.disk.run(interval.load(self.identity, generation, segment)) for segment in span.segments
         ]
         over = 0
         if span.with_active:
@@ -426,13 +449,17 @@ class SimImage:
 
     def check_point(self, point: str) -> None:
         """The answer for one point. Raises OracleMismatch, or whatever the asking raises (T4)."""
-        cut, answer = self.oracle[point], self.changes_since(point)
-        now = self.disk.content(RAW)
+        cut, answer = self.oracle[point], self.check_superset(point)
         reported = _blocks(answer)
-        _require_superset(cut.content, now, reported, point)
         excess = reported - cut.admitted
         if len(excess) * BLOCK_BYTES > answer.over_report_bytes:
             raise OracleMismatch(f"since {point}: blocks {sorted(excess)[:9]} are reported without reason")
+
+    def check_superset(self, point: str) -> ChangeReport:
+        """The answer for one point, which lacks nothing (T2). Raises as ``check_point``."""
+        answer = self.changes_since(point)
+        _require_superset(self.oracle[point].content, self.disk.content(RAW), _blocks(answer), point)
+        return answer
 
     def check_complete(self) -> None:
         """Where no power was lost: exactly the admitted blocks, since every point (T3)."""
