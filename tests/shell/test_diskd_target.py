@@ -354,11 +354,8 @@ async def test_a_full_disk_fails_that_backup_only(tmp_path, library, nursery):
 
 
 async def test_a_full_disk_is_named_whatever_else_is_under_way(tmp_path, library, nursery):
-    """Many small frames are under way when the disk is full.
-
-    In which order two tasks of the target end is the scheduler's choice: the order in which the reason was
-    once lost comes up only now and then, so passing here does not prove much.
-    """
+    """Many small frames are under way when the disk is full. (test_diskd_receiving.py has the two moments of
+    the receiver at which the reason could be lost.)"""
     files = FullDisk()
     address, _ = await start_target(nursery, tmp_path, files=files)
     for block in range(0, 6000, 2):

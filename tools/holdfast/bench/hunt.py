@@ -65,7 +65,7 @@ KINDS: Final = (
     Kind("tracking", 1, _tracking),
     Kind("tracked-merging", 1, _tracked_merging),
     Kind("merging", 1, _merging),
-    *(Kind(name, 2, partial(stories.run, name)) for name in stories.NAMES),
+    *(Kind(name, 3, partial(stories.run, name)) for name in stories.NAMES),
 )
 
 

@@ -1,0 +1,45 @@
+"""Receiving and writing side by side: when the writing ends, its reason is what is told."""
+
+import errno
+import threading
+
+import pytest
+import trio
+import trio.testing
+
+from diskd.shell.receiving import BUFFERS, Received, receive_frames
+
+
+class EndlessReceiver:
+    """Frames come as fast as there are buffers for them."""
+
+    def __init__(self) -> None:
+        self.trailer = None
+        self.has_filled_all = threading.Event()
+        self._filled = 0
+
+    def receive_blocking(self, buffer):
+        self._filled += 1
+        if self._filled == BUFFERS:
+            self.has_filled_all.set()
+        return Received(batch=[], rows=None, buffer=buffer)
+
+
+async def never(*_):
+    raise AssertionError("nothing was written")
+
+
+@pytest.mark.parametrize("waits", [True, False])
+async def test_a_failed_write_is_the_only_error_wherever_the_receiver_was(waits):
+    """``waits``: it has filled every buffer and waits for one; otherwise it is just receiving."""
+    receiver = EndlessReceiver()
+
+    def write(batch, rows):
+        if waits:
+            assert receiver.has_filled_all.wait(30)
+            # The thread's result is on its way to the loop; after it nobody has anything left to do.
+            trio.from_thread.run(trio.testing.wait_all_tasks_blocked, 0.05)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.RaisesGroup(pytest.RaisesExc(OSError, match="No space left"), flatten_subgroups=True):
+        await receive_frames(receiver, write, never, threads=trio.CapacityLimiter(4), idle_seconds_max=30)
