@@ -16,6 +16,7 @@ from diskd.core.overlay import Mode
 from diskd.core.ports import Allocation, ChangeReport
 from diskd.shell.image import Image
 from diskd.shell.overlay import OverlayLayer
+from diskd.shell.read_only import NoWrites
 
 # Each takes some 120 bytes per extent; a backup asks for one point's changes, seldom for two.
 _REPORTS_MAX: Final = 4
@@ -113,6 +114,10 @@ class FrozenDevice:
 
     def __init__(self, disk: FrozenImage) -> None:
         self._disk = disk
+        writing = NoWrites("a frozen view")
+        self.write_in_place = writing.write_in_place
+        self.write_nowait, self.write = writing.write_nowait, writing.write
+        self.write_zeroes, self.trim, self.flush = writing.write_zeroes, writing.trim, writing.flush
 
     @property
     def size_bytes(self) -> int:
@@ -129,9 +134,6 @@ class FrozenDevice:
     def read_in_place(self, offset: int, buffer: memoryview) -> bool:
         return self._disk.read_into_nowait(offset, buffer)
 
-    def write_in_place(self, offset: int, data: memoryview) -> bool:
-        raise _read_only()
-
     def read_into_nowait(self, offset: int, buffer: bytearray) -> bool:
         return self._disk.read_into_nowait(offset, buffer)
 
@@ -140,23 +142,6 @@ class FrozenDevice:
 
     async def read(self, offset: int, length: int) -> bytes:
         return await self._disk.read(offset, length)
-
-    def write_nowait(self, offset: int, data: bytes | memoryview) -> bool:
-        raise _read_only()
-
-    async def write(self, offset: int, data: bytes | memoryview, *, fua: bool = False) -> None:
-        raise _read_only()
-
-    async def write_zeroes(
-        self, offset: int, length: int, *, may_trim: bool = True, fua: bool = False
-    ) -> None:
-        raise _read_only()
-
-    async def trim(self, offset: int, length: int, *, fua: bool = False) -> None:
-        raise _read_only()
-
-    async def flush(self) -> None:
-        """Nothing to make durable: the frozen view was before it was shown."""
 
     async def allocation(self, offset: int, length: int) -> list[Allocation]:
         return await self._disk.allocation(offset, length)
@@ -169,7 +154,3 @@ def contexts(disk: FrozenImage) -> dict[str, Callable[[], Awaitable[ChangeReport
         return lambda: disk.changes(point)
 
     return {point: report(point) for point in disk.points}
-
-
-def _read_only() -> OSError:
-    return PermissionError(errno.EPERM, "a frozen view is read-only")

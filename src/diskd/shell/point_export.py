@@ -16,6 +16,7 @@ from diskd.core.ports import Allocation, AllocationKind, Export
 from diskd.core.stream import FrameKind
 from diskd.errors import Damaged, NoSuchExport
 from diskd.shell.chain_view import ChainView, OpenPoint
+from diskd.shell.read_only import NoWrites
 
 T = TypeVar("T")
 
@@ -37,6 +38,9 @@ class PointDevice:
         self._view = view
         self._size_bytes = size_bytes
         self._turn = trio.Lock()
+        writing = NoWrites("a point")
+        self.write_nowait, self.write = writing.write_nowait, writing.write
+        self.write_zeroes, self.trim, self.flush = writing.write_zeroes, writing.trim, writing.flush
 
     @property
     def size_bytes(self) -> int:
@@ -59,23 +63,6 @@ class PointDevice:
 
     async def read(self, offset: int, length: int) -> bytes:
         return await self._in_thread(self._view.read, offset, length)
-
-    def write_nowait(self, offset: int, data: bytes | memoryview) -> bool:
-        raise _read_only()
-
-    async def write(self, offset: int, data: bytes | memoryview, *, fua: bool = False) -> None:
-        raise _read_only()
-
-    async def write_zeroes(
-        self, offset: int, length: int, *, may_trim: bool = True, fua: bool = False
-    ) -> None:
-        raise _read_only()
-
-    async def trim(self, offset: int, length: int, *, fua: bool = False) -> None:
-        raise _read_only()
-
-    async def flush(self) -> None:
-        """Nothing is ever written."""
 
     async def allocation(self, offset: int, length: int) -> list[Allocation]:
         return await self._in_thread(self._allocation_blocking, offset, length)
@@ -119,7 +106,3 @@ def _kind(piece: Piece) -> AllocationKind:
 
 def _nothing() -> None:
     """A reader leaves no trace."""
-
-
-def _read_only() -> OSError:
-    return PermissionError(errno.EPERM, "a point is read-only")
