@@ -10,6 +10,7 @@ One write, in one step of the loop, without a wait between these (for many small
     layer.write()      submitted
 """
 
+import time
 from collections.abc import Callable
 from types import TracebackType
 from typing import Protocol
@@ -19,7 +20,8 @@ import trio
 from daemonkit.units import SECOND
 from diskd.core.ports import Allocation, Layer
 from diskd.core.statistics import IoCounts
-from diskd.core.tracker import REQUEST_BYTES_MAX, Tracker
+from diskd.core.tracker import Tracker
+from diskd.core.zero_parts import PART_BYTES_MIN, next_part
 
 
 class Gate(Protocol):
@@ -29,12 +31,16 @@ class Gate(Protocol):
     layer: Layer
     tracker: Tracker
     is_held: bool
+    zeroes_are_held: bool
+    zeroings: int
     last_io: float | None
     writes: int
     counts: IoCounts
 
     def require_working(self) -> None: ...
     async def wait_unheld(self) -> None: ...
+    async def wait_zeroes_unheld(self) -> None: ...
+    def zeroing_done(self) -> None: ...
     async def open_regions(self, offset: int, length: int) -> None: ...
     async def sync_layer(self) -> None: ...
     def write_done(self) -> None: ...
@@ -73,6 +79,7 @@ class Writer:
         self.image = image
         self.submitted = 0
         self.idle: trio.Event | None = None
+        self._zero_part = PART_BYTES_MIN
         self._check = check
 
     @property
@@ -178,11 +185,26 @@ class Writer:
         # In parts, so that a huge request neither holds up a cut nor exceeds the bound on open regions.
         end = offset + length
         while offset < end:
-            part = min(REQUEST_BYTES_MAX, end - offset)
-            await self._admitted(offset, part)
-            with _Submitted(self, changes=True):
-                await self.image.layer.write_zeroes(offset, part, may_trim=may_trim)
+            part = min(self._zero_part, end - offset)
+            await self._zero_part_of(offset, part, may_trim=may_trim)
             offset += part
+
+    async def _zero_part_of(self, offset: int, length: int, *, may_trim: bool) -> None:
+        image = self.image
+        while True:
+            await self._admitted(offset, length)
+            if not image.zeroes_are_held:
+                break
+            await image.wait_zeroes_unheld()
+        began = time.monotonic_ns()
+        image.zeroings += 1
+        try:
+            with _Submitted(self, changes=True):
+                await image.layer.write_zeroes(offset, length, may_trim=may_trim)
+        finally:
+            image.zeroings -= 1
+            image.zeroing_done()
+        self._zero_part = next_part(self._zero_part, time.monotonic_ns() - began)
 
     async def trim(self, offset: int, length: int, *, fua: bool = False) -> None:
         self.image.counts.trims += 1
