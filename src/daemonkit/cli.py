@@ -7,7 +7,6 @@ import faulthandler
 import importlib
 import json
 import os
-import re
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -17,7 +16,7 @@ import click
 import trio
 
 from daemonkit.durable import read_small_file
-from daemonkit.errors import HoldfastError, OperatorError
+from daemonkit.errors import HoldfastError, OperatorError, plain
 from daemonkit.methods import Method
 from daemonkit.ports import Address
 from daemonkit.rpc import CallFailed, connect
@@ -121,8 +120,7 @@ def _die(message: str, code: int) -> NoReturn:
     program = Path(sys.argv[0])
     # `python -m holdfast.bench` runs .../holdfast/bench/__main__.py: the package is the program's name.
     name = ".".join(program.parts[-3:-1]) if program.stem == "__main__" else program.name
-    # "[Errno 28] No space left" of an OSError's own text: the words say it, the number is the programmer's.
-    line = re.sub(r"\[Errno \d+\] ", "", " ".join(message.split()))
+    line = plain(" ".join(message.split()))
     print(f"{name}: {line}", file=sys.stderr)
     sys.exit(code)
 

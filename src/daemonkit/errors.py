@@ -6,6 +6,21 @@
 ``InvariantBroken`` our own defect: the process ends, loudly.
 """
 
+import re
+from typing import Final
+
+_NUMBER: Final = re.compile(r"\[Errno -?\d+\] ")
+
+
+def plain(text: str) -> str:
+    """Without the "[Errno 28] " of an OSError's own text: the words say it, the number is a programmer's."""
+    return _NUMBER.sub("", text)
+
+
+def words_of(error: BaseException) -> str:
+    """An error in words, for people."""
+    return plain(str(error)) or type(error).__name__
+
 
 class HoldfastError(Exception):
     """Base of every error that this project raises on purpose."""

@@ -10,9 +10,12 @@ import os
 import queue
 import sys
 import threading
+from collections.abc import Mapping, MutableMapping
 from typing import Any, Final
 
 import structlog
+
+from daemonkit.errors import plain
 
 QUEUE_LINES_MAX: Final = 4096
 LEVELS: Final = {"debug": 10, "info": 20, "warning": 30, "error": 40}
@@ -59,6 +62,13 @@ class QueuedWriter:
         self._thread.join(_STOP_SECONDS_MAX)
 
 
+def _in_words(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> Mapping[str, Any]:
+    for name, value in event.items():
+        if isinstance(value, str):
+            event[name] = plain(value)
+    return event
+
+
 def set_up(*, level: str = "info", json: bool | None = None, descriptor: int | None = None) -> QueuedWriter:
     """Route all structlog output to ``descriptor`` (default stderr); JSON unless it is a terminal."""
     target = sys.stderr.fileno() if descriptor is None else descriptor
@@ -69,6 +79,7 @@ def set_up(*, level: str = "info", json: bool | None = None, descriptor: int | N
         processors=[
             structlog.contextvars.merge_contextvars,
             structlog.processors.add_log_level,
+            _in_words,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             structlog.processors.format_exc_info,
             renderer,

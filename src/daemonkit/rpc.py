@@ -31,7 +31,7 @@ import attrs
 import trio
 
 from daemonkit.codec import decode, encode
-from daemonkit.errors import HoldfastError, InvariantBroken, OperatorError, ProtocolError
+from daemonkit.errors import HoldfastError, InvariantBroken, OperatorError, ProtocolError, plain
 from daemonkit.frames import FrameReader, frame
 from daemonkit.methods import Method
 from daemonkit.ports import Address, listening_failed
@@ -299,7 +299,7 @@ def _describe(error: BaseException, name: str) -> tuple[str, str]:
     if isinstance(leaf, ProtocolError):
         return "protocol", str(leaf)
     if isinstance(leaf, HoldfastError):
-        return "refused", str(leaf)
+        return "refused", plain(str(leaf))
     if isinstance(leaf, OSError):
         where = f"{leaf.filename}: " if leaf.filename else ""
         return "refused", f"{where}{leaf.strerror or leaf}"
@@ -462,7 +462,9 @@ async def connect(address: Address, *, key: bytes | None = None) -> AsyncIterato
     except trio.TooSlowError as error:
         raise CallFailed(f"cannot connect to {address}: no answer in {GREETING_SECONDS_MAX:g} s") from error
     except OSError as error:
-        raise CallFailed(f"cannot connect to {address}: {error.strerror or 'connection refused'}") from error
+        reason = error.strerror or "connection refused"
+        hint = "does its daemon run, and is that its control address (its ready line tells)?"
+        raise CallFailed(f"cannot connect to {address}: {reason}: {hint}") from error
     connection = _Connection(stream, frame_bytes_max=REPLY_BYTES_MAX)
     try:
         await _greet(connection, address, key)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from daemonkit.codec import CodecError, decode, encode
-from daemonkit.errors import OperatorError
+from daemonkit.errors import OperatorError, plain, words_of
 from daemonkit.frames import FrameError, FrameReader, frame
 from daemonkit.ports import Address
 from daemonkit.schema import SchemaError, structure, unstructure
@@ -238,3 +238,9 @@ def test_what_does_not_fit_is_named(data: object, message: str) -> None:
 )
 def test_loopback_is_never_a_name_that_looks_like_it(host: str, is_loopback: bool) -> None:
     assert Address(host, 1).is_loopback is is_loopback
+
+
+def test_errors_are_told_in_words():
+    assert plain("a: [Errno 28] No space left on device") == "a: No space left on device"
+    assert words_of(OSError(2, "No such file", "/x")) == "No such file: '/x'"
+    assert words_of(ValueError()) == "ValueError"

@@ -11,7 +11,7 @@ from daemonkit.errors import OperatorError
 from daemonkit.progress import Progress
 from daemonkit.units import format_size
 from diskd.cli.calling import SECONDS_UNBOUNDED, Diskd, pass_diskd
-from diskd.cli.images import document
+from diskd.cli.images import document, size_of
 from diskd.core import calls
 
 SUFFIXES = ("raw", "qcow2", "vmdk", "vhdx", "vdi")
@@ -55,7 +55,7 @@ def import_(diskd: Diskd, name: str, file: Path, as_json: bool) -> None:
     if as_json:
         print(json.dumps(document(info)))
     else:
-        click.echo(f"image {info.name} of {format_size(info.size_bytes)} imported")
+        click.echo(f"image {info.name} of {size_of(info)} imported")
 
 
 @click.command("export")

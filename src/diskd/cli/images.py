@@ -55,6 +55,11 @@ def _space(space: SpaceInfo) -> dict[str, Any]:
     }
 
 
+def size_of(info: ImageInfo) -> str:
+    """For people; a damaged image's may be unknown."""
+    return "-" if info.size_bytes is None else format_size(info.size_bytes)
+
+
 def _owner(owner: OwnerInfo) -> dict[str, Any]:
     since = datetime.fromtimestamp(owner.since_ns // 10**9, UTC).isoformat()
     return {
@@ -77,7 +82,7 @@ def create(diskd: Diskd, name: str, size: int, as_json: bool) -> None:
     if as_json:
         print_json(document(info))
     else:
-        click.echo(f"image {info.name} of {format_size(info.size_bytes)} created")
+        click.echo(f"image {info.name} of {size_of(info)} created")
 
 
 @image.command("list")
@@ -94,12 +99,12 @@ def list_(diskd: Diskd, as_json: bool) -> None:
         [
             (
                 info.name,
-                format_size(info.size_bytes),
+                size_of(info),
                 info.state,
                 str(info.epoch),
                 info.holder or "-",
                 str(info.connections),
-                str(info.points),
+                "-" if info.points is None else str(info.points),
                 info.reason or "",
             )
             for info in images
@@ -122,7 +127,7 @@ def resize(diskd: Diskd, name: str, size: int, as_json: bool) -> None:
     if as_json:
         print_json(document(info))
     else:
-        click.echo(f"image {info.name} has {format_size(info.size_bytes)}")
+        click.echo(f"image {info.name} has {size_of(info)}")
 
 
 @image.command()

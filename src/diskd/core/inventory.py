@@ -75,14 +75,15 @@ class ImageInfo:
 
     ``state``: "open" (served), "released" (any daemon may open it), "elsewhere" (another daemon's) or
     "damaged"; ``reason`` says why it is not open.
-    ``merge_remaining_bytes`` is None while no AVHD is being merged.
+    ``merge_remaining_bytes`` is None while no AVHD is being merged, ``points`` of an image that is not open,
+    ``uuid`` and the sizes of one whose ``image.toml`` cannot be read.
     """
 
     name: str
-    uuid: str
-    size_bytes: int
-    block_bytes: int
-    region_bytes: int
+    uuid: str | None
+    size_bytes: int | None
+    block_bytes: int | None
+    region_bytes: int | None
     allocated_bytes: int
     state: Literal["open", "released", "elsewhere", "damaged"]
     reason: str | None
@@ -91,7 +92,7 @@ class ImageInfo:
     connections: int
     checkpoint: str | None
     merge_remaining_bytes: int | None
-    points: int
+    points: int | None
     owner: OwnerInfo | None = None
     space: SpaceInfo | None = None
 

@@ -12,7 +12,7 @@ from functools import partial
 
 import structlog
 
-from daemonkit.errors import HoldfastError
+from daemonkit.errors import HoldfastError, words_of
 from diskd.core import checkpoint
 from diskd.core.checkpoint import Record
 from diskd.core.inventory import Outcome
@@ -51,7 +51,7 @@ class CheckpointRecovery:
             try:
                 await self._put_over(image)
             except (OSError, HoldfastError) as error:
-                refused[image.name] = str(error)
+                refused[image.name] = words_of(error)
         for held in records:
             for name in refused:
                 held.images.pop(name, None)

@@ -19,7 +19,7 @@ import structlog
 import trio
 
 from daemonkit.diskd_api import BackupDisk
-from daemonkit.errors import HoldfastError
+from daemonkit.errors import HoldfastError, words_of
 from daemonkit.hooks import hooks_of
 from daemonkit.units import SECOND
 from diskd.core import checkpoint
@@ -313,7 +313,7 @@ class Checkpoints:
                 return True
         except (OSError, HoldfastError) as error:
             # The entries stand and the AVHD is read on; the next start of the image merges again.
-            image.stuck = str(error)
+            image.stuck = words_of(error)
             log.error("merge.failed", image=image.name, reason=image.stuck)  # noqa: TRY400 - one line, no trace
             self._notify()
         return False

@@ -45,10 +45,10 @@ def describe(directory: Path, state: ClosedState, reason: str, owner: OwnerInfo 
     geometry = identity.geometry if identity is not None else None
     return ImageInfo(
         name=directory.name,
-        uuid=str(identity.uuid) if identity is not None else "",
-        size_bytes=geometry.size_bytes if geometry is not None else 0,
-        block_bytes=geometry.block_bytes if geometry is not None else 0,
-        region_bytes=geometry.region_bytes if geometry is not None else 0,
+        uuid=str(identity.uuid) if identity is not None else None,
+        size_bytes=geometry.size_bytes if geometry is not None else None,
+        block_bytes=geometry.block_bytes if geometry is not None else None,
+        region_bytes=geometry.region_bytes if geometry is not None else None,
         allocated_bytes=allocated_bytes(directory),
         state=state,
         reason=reason,
@@ -57,7 +57,7 @@ def describe(directory: Path, state: ClosedState, reason: str, owner: OwnerInfo 
         connections=0,
         checkpoint=None,
         merge_remaining_bytes=None,
-        points=0,
+        points=None,
         owner=owner,
     )
 

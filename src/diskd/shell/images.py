@@ -16,7 +16,7 @@ from uuid import uuid4
 import structlog
 import trio
 
-from daemonkit.errors import HoldfastError
+from daemonkit.errors import HoldfastError, words_of
 from daemonkit.units import format_size
 from diskd.core import lease
 from diskd.core.geometry import BLOCK_BYTES_DEFAULT, RAW, REGION_BYTES_DEFAULT, Geometry, Identity
@@ -114,7 +114,7 @@ class Images:
         try:
             owner = owning.owner_blocking(path)
         except (OSError, HoldfastError) as error:
-            return "damaged", str(error), None
+            return "damaged", words_of(error), None
         if name in self._broken and (owner is None or owner.daemon.name == self._claimant.me.name):
             return "damaged", self._broken[name], owner
         state, reason = owning.explain(owner, self._claimant)
@@ -311,7 +311,7 @@ class Images:
             try:
                 await image.close("released")
             except OSError as error:
-                self._broken[name] = str(error)
+                self._broken[name] = words_of(error)
                 raise Refused(f"image {name} could not be closed cleanly: {error}") from error
             log.info("image.released", image=name)
             return self.show(name)
@@ -333,7 +333,7 @@ class Images:
             try:
                 await image.close("released")
             except OSError as error:
-                self._broken[name] = str(error)
+                self._broken[name] = words_of(error)
                 raise Refused(f"image {name} could not be closed cleanly: {error}") from error
             log.info("image.handed_over", image=name, epoch=epoch, holder=holder)
 
@@ -365,7 +365,7 @@ class Images:
             except (NotOurs, Lost) as error:
                 log.info("image.elsewhere", image=name, reason=str(error))
             except (OSError, HoldfastError) as error:
-                self._refuse_image(name, str(error))
+                self._refuse_image(name, words_of(error))
         await sweep_checkpoints(self._checkpoints.directory, me)
         for name, reason in (await self._recovery.recover()).items():
             image = self._opened.pop(name)
@@ -390,7 +390,7 @@ class Images:
         try:
             await image.ownership.check()
         except Lost as error:
-            await self.lose(name, image, str(error))
+            await self.lose(name, image, words_of(error))
         except OSError as error:
             log.warning("image.not_checked", image=name, reason=str(error))
         finally:

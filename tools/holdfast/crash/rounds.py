@@ -267,7 +267,7 @@ class Rounds:
             await machine.start()
         infos = (await machine.call(calls.IMAGE_LIST, calls.Nothing())).images
         for info, image in zip(infos, self._images, strict=True):
-            if info.state != "open":
+            if info.state != "open" or info.size_bytes is None:
                 raise Violation(f"{info.name} is {info.state}: {info.reason}")
             if info.size_bytes > image.sectors * SECTOR:
                 image.grow(info.size_bytes)  # its answer was lost

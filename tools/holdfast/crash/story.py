@@ -225,7 +225,7 @@ class Story:
         if [info.name for info in infos] != [image.name for image in self._images]:
             raise Violation(f"after a crash these images are there: {[info.name for info in infos]}")
         for info, image in zip(infos, self._images, strict=True):
-            if info.state != "open":
+            if info.state != "open" or info.size_bytes is None:
                 raise Violation(f"{info.name} is {info.state} after a crash: {info.reason}")
             if info.size_bytes == self._growing.pop(image.name, None):
                 image.grow(info.size_bytes)
