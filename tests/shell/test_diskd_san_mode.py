@@ -31,6 +31,8 @@ mode=$(cat "$(dirname "$0")/mode")
 where="$(dirname "$0")/snapshots/$2"
 case "$1 $mode" in
     *hangs) exec tail -f /dev/null ;;
+    "create waits") touch "$(dirname "$0")/began"; while [ ! -e "$(dirname "$0")/go" ]; do sleep 0.02; done
+        mkdir -p "$where" && cp -r "$3/images" "$where" && echo "$where" ;;
     "create fails") mkdir -p "$where"; echo "the array is on fire" >&2; exit 3 ;;
     "create lies") echo "$where/nowhere" ;;
     "create talks") echo "creating"; echo "$where" ;;
@@ -68,8 +70,9 @@ class Place:
         (self.directory / "mode").write_text(word)
 
     @asynccontextmanager
-    async def serving(self):
-        async with open_library(self.root, LibrarySettings(shared_dir=str(self.shared))) as library:
+    async def serving(self, **changes):
+        settings = LibrarySettings(shared_dir=str(self.shared), **changes)
+        async with open_library(self.root, settings) as library:
             if not library.images():
                 for name in ("a", "b"):
                     await library.create_image(name, 4 * MiB)
@@ -194,6 +197,34 @@ async def test_a_provider_that_fails_leaves_vm_and_points_as_they_were(tmp_path,
             second = await back_up(san, address)
             assert (second.base, second.disks[0].changed_bytes) == (first.point, 8 * KiB)
             assert place.left() == []
+
+
+async def test_a_checkpoint_that_failed_before_the_snapshot_was_there_is_no_backup(tmp_path, nursery):
+    """B2: the AVHD was full, so the parent was written to while the provider was still copying it."""
+    repository = tmp_path / "repository"
+    repository.mkdir()
+    address, _ = await start_target(nursery, repository)
+    with place_on("command", tmp_path) as place:
+        async with place.serving(avhd_limit_bytes=64 * KiB) as (library, san):
+            await put(library, "a", 0, b"first" * 10_000)
+            first = await back_up(san, address)
+            place.mode("waits")
+
+            async def guest():
+                with trio.fail_after(30):
+                    while not (place.directory / "began").exists():  # noqa: ASYNC110 - another process tells
+                        await trio.sleep(0.01)
+                await put(library, "a", 1 * MiB, b"too much for the AVHD" * 10_000)
+                (place.directory / "go").touch()
+
+            with RaisesLeaf((Refused, OSError)):
+                async with trio.open_nursery() as inner:
+                    inner.start_soon(guest)
+                    await back_up(san, address)
+            assert [point.point for point in library.points("a")] == [first.point]
+            assert place.left() == []
+            place.mode("works")
+            assert (await back_up(san, address)).base == first.point
 
 
 async def test_a_snapshot_that_cannot_be_deleted_is_deleted_later(tmp_path, nursery):
