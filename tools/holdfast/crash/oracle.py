@@ -88,7 +88,6 @@ class Image:
         self.sectors = size_bytes // SECTOR
         self._clock = clock
         self.points: list[Point] = []
-        self.touched: set[int] = set()  # blocks of every request since the last power loss
         self._number = 0
         self._flushed = 0
         self._base = np.zeros(self.sectors, np.uint64)
@@ -111,7 +110,6 @@ class Image:
         for sector in range(first, end):
             self._history.setdefault(sector, []).append(write)
         blocks = write.blocks()
-        self.touched.update(blocks)
         for point in self.points:
             point.maybe.update(blocks)
         return write
@@ -214,7 +212,6 @@ class Image:
         if power_lost:
             self._history.clear()
             self._base = content
-            self.touched.clear()
             for point in self.points:
                 point.is_exact = False
                 point.certain.clear()

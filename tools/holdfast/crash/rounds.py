@@ -54,7 +54,7 @@ class Attempt:
 class Rounds:
     """``told`` counts what happened."""
 
-    def __init__(self, seed: int, machine: Machine, target: Target) -> None:
+    def __init__(self, seed: int, machine: Machine, target: Target, *, may_overflow: bool) -> None:
         self.told: Counter[str] = Counter()
         self._seed = seed
         self._rng = Random(seed)
@@ -65,6 +65,7 @@ class Rounds:
         self._guests = Guests(machine, BUSY)
         self._attempts: list[Attempt] = []
         self._committed: dict[str, dict[str, Numbers]] = {}
+        self._may_overflow = may_overflow  # the guests may write more than an AVHD takes: B2
         self._is_disturbed = False
 
     async def tell(self, rounds: int) -> None:
@@ -89,7 +90,7 @@ class Rounds:
         rng = self._rng
         action = "backup" if number == 0 else rng.choice(_ACTIONS)
         fault = rng.choice(_FAULTS) if rng.random() < 0.5 else None
-        self._is_disturbed = fault is not None
+        self._is_disturbed = fault is not None or self._may_overflow
         guests = self._guests = Guests(self._machine, BUSY)
         async with trio.open_nursery() as nursery:
             for image in self._images:
@@ -363,12 +364,14 @@ async def play(seed: int, rounds: int) -> Counter[str]:
     if not all(shutil.which(program) for program in ("qemu-img", "qemu-io")):
         return Counter({"stories skipped for want of qemu-utils": 1})
     rng = Random(f"machine {seed}")
-    async with machine(rng, can_lose_power=False, settings=_SETTINGS) as made:
+    may_overflow = rng.random() < 0.25
+    settings = (*_SETTINGS, "avhd_limit=1MiB") if may_overflow else _SETTINGS
+    async with machine(rng, can_lose_power=False, settings=settings) as made:
         target = Target(made.directory)
         try:
             async with trio.open_nursery() as nursery:
                 await nursery.start(target.serve_link)
-                story = Rounds(seed, made, target)
+                story = Rounds(seed, made, target, may_overflow=may_overflow)
                 await story.tell(rounds)
                 nursery.cancel_scope.cancel(reason="told")
         finally:
