@@ -8,6 +8,7 @@ import pytest
 from clusterd.sim.chaos import run_chaos
 
 SEEDS = range(1000, 1100)
+PER_HOST_SEEDS = range(2000, 2030)
 GROUP = 20
 OLD_SEEDS = (1, 5, 7)  # none has failed yet; these are the longest of the first ones
 
@@ -17,6 +18,13 @@ OLD_SEEDS = (1, 5, 7)  # none has failed yet; these are the longest of the first
 def test_chaos(first: int) -> None:
     for seed in range(first, first + GROUP):
         result = run_chaos(seed, seconds=20)
+        assert result.failures == [], (seed, result.failures, result.trace[-30:])
+
+
+@pytest.mark.slow
+def test_chaos_with_a_diskd_on_every_host() -> None:
+    for seed in PER_HOST_SEEDS:
+        result = run_chaos(seed, seconds=20, per_host=True)
         assert result.failures == [], (seed, result.failures, result.trace[-30:])
 
 

@@ -160,22 +160,18 @@ class Carrier:
         self._answer(host, delay, events.LeasesAnswered(effect.request, tuple(answers)))
 
     def _bring(self, host: "Host", disk: Disk, effect: effects.AcquireLeases) -> str | None:
-        """Where every host has its own diskd: the image comes here, or the reason why not."""
+        """Where every host has its own diskd: the image comes here, or the reason why not. A host's diskd
+        starts with it, and has again under this boot what it had."""
         world, image = self.world, self.world.storage.image(disk.image)
-        here = (host.name, world.boot_id(host))
-        if not world.storage.per_host or image.at is None or image.at[0] == host.name:
-            image.at = here
-            return None
-        owner = world.hosts[image.at[0]]
-        lives = owner.is_up and world.boot_id(owner) == image.at[1]
-        if owner.is_up and world.network.is_open(host.name, owner.name):
-            image.at = here  # it fences its own run, and hands the image over
-            return None
-        if image.at[1] not in effect.dead_boots:
-            return f"it belongs to the diskd of {owner.name}, which does not answer"
-        if lives:
-            raise InvariantBroken(f"S2: {disk.image} is taken from {owner.name}, which lives")
-        image.at = here
+        if world.storage.per_host and image.at not in (None, host.name):
+            owner = world.hosts[str(image.at)]
+            # One that lives and answers fences its own run, and hands the image over.
+            if not owner.is_up or not world.network.is_open(host.name, owner.name):
+                if world.boot_id(owner) not in effect.dead_boots:
+                    return f"it belongs to the diskd of {owner.name}, which does not answer"
+                if owner.is_up:
+                    raise InvariantBroken(f"S2: {disk.image} is taken from {owner.name}, which lives")
+        image.at = host.name
         return None
 
     def _look(self, host: "Host", effect: effects.LookAtImages) -> None:
@@ -252,8 +248,7 @@ class Carrier:
             return
         if not process.is_paused and self._reaches_diskd(host.name):
             for image in process.images:
-                at = world.storage.image(image).at
-                gone = world.storage.per_host and at is not None and at[0] != host.name
+                gone = world.storage.per_host and world.storage.image(image).at != host.name
                 if gone or not world.storage.write(image, process.epoch, host.name, world.now):
                     world.end_process(host, process, 1, "its write was refused")
                     return

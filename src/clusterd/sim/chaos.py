@@ -263,12 +263,13 @@ class Chaos:
         return node["state"] in ("up", "paused")
 
 
-def run_chaos(seed: int, seconds: int = 40) -> ChaosResult:
-    """One seed: safety, then liveness."""
+def run_chaos(seed: int, seconds: int = 40, *, per_host: bool = False) -> ChaosResult:
+    """One seed: safety, then liveness. ``per_host``: every host has a diskd of its own."""
     randomness = random.Random(seed)
     names = [f"n{number}" for number in range(1, randomness.randint(2, 5) + 1)]
     world = World(names, seed=seed)
     world.write_interval_ns = 500 * MILLISECOND
+    world.storage.per_host = per_host
     chaos = Chaos(world, randomness, _vms(randomness, names))
     failures: list[str] = []
     try:

@@ -26,7 +26,7 @@ class SimImage:
     holder: str | None = None
     last_io: int | None = None
     journal: list[Record] = attrs.field(factory=list)
-    at: tuple[str, str] | None = None  # host and boot of the diskd that has it, where every host has its own
+    at: str | None = None  # whose diskd has it, where every host has its own
 
 
 @attrs.frozen
