@@ -161,6 +161,12 @@ BAD_OPTIONS = [
     (client.option(client.INFO, b"\x00" * 65_000), client.ERR_INVALID),
     (client.option(client.INFO, b"\x00" * 70_000), client.ERR_TOO_BIG),
     (client.option(99, b"\x00" * 1_000_000), client.ERR_TOO_BIG),
+    # PEEK_EXPORT, STARTTLS, EXTENDED_HEADERS.
+    *(
+        (client.option(number, data), client.ERR_UNSUP)
+        for number in (4, 5, 11)
+        for data in (b"", b"some data")
+    ),
 ]
 
 
@@ -273,6 +279,10 @@ BAD_REQUESTS = [
     (READ_ONLY, client.request(client.WRITE, 0, data=b"x" * 600_000), errno.EPERM),
     (READ_ONLY, client.request(client.TRIM, 0, 512), errno.EPERM),
     (READ_ONLY, client.request(client.WRITE_ZEROES, 0, 512), errno.EPERM),
+    # NBD_CMD_FLAG_PAYLOAD_LEN belongs to extended headers, which are not offered: WRITE alone has a payload.
+    (FACTS, client.request(client.WRITE, 0, data=b"x" * 100, flags=32), errno.EINVAL),
+    (FACTS, client.request(client.BLOCK_STATUS, 0, 512, flags=32), errno.EINVAL),
+    (FACTS, client.request(client.READ, 0, 512, flags=32), errno.EINVAL),
 ]
 
 

@@ -25,6 +25,8 @@ DATA_THREADS_MAX: Final = 16
 IN_PLACE_BYTES_MAX: Final = 1 << 20
 # A punch is sliced, so that nothing else waits for long: 64 MiB of scattered extents take about 0.1 s.
 SLICE_BYTES: Final = 64 << 20
+# In between the file's lock is let go, so that a write comes through: it waits for this much.
+_PUNCH_BYTES: Final = 4 << 20
 ALLOCATIONS_MAX: Final = 4096
 
 
@@ -204,7 +206,11 @@ class RawLayer:
         self._on_write()
 
     def _punch(self, offset: int, length: int) -> None:
-        system.punch(self._descriptor, offset, length)
+        end = offset + length
+        while offset < end:
+            part = min(_PUNCH_BYTES, end - offset)
+            system.punch(self._descriptor, offset, part)
+            offset += part
 
     def _zero(self, offset: int, length: int) -> None:
         try:

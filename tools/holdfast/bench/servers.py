@@ -7,7 +7,6 @@ bare raw file: what tracking, leases and the hold cost is the difference between
 
 import contextlib
 import json
-import os
 import shutil
 import signal
 import socket
@@ -35,6 +34,7 @@ class Server:
     """A running server: what to call it in the table, and the URI under which clients reach its disk.
 
     ``fresh`` makes a new, empty disk of so many bytes and returns its URI, where the server has that.
+    ``diskctl`` runs that command against the daemon, and returns what it printed; ``image`` is the disk.
     """
 
     name: str
@@ -42,6 +42,8 @@ class Server:
     pid: int
     size_bytes: int
     fresh: Callable[[int], str] | None = None
+    diskctl: Callable[..., str] | None = None
+    image: str = ""
 
 
 @attrs.frozen
@@ -73,7 +75,7 @@ class Place:
 
 
 @contextlib.contextmanager
-def _running(argv: list[str], log: Path) -> Iterator["subprocess.Popen[bytes]"]:
+def running(argv: list[str], log: Path) -> Iterator["subprocess.Popen[bytes]"]:
     """A process with its stderr in a file; SIGTERM at the end."""
     with log.open("wb") as errors:
         process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=errors)
@@ -113,20 +115,23 @@ def holdfast(directory: Path, size_bytes: int, transport: Transport) -> Iterator
     argv = [str(binaries / "diskd"), "run", "--root", str(root), "--control", "127.0.0.1:0"]
     argv += ["--nbd", f"127.0.0.1:{place.port}"] if transport == "TCP" else ["--nbd-socket", str(place.path)]
     made: list[str] = []
-    with _running(argv, log) as process:
+    with running(argv, log) as process:
         assert process.stdout is not None
         line = process.stdout.readline()
         if not line:
             raise BenchFailed(f"diskd did not start: {log.read_text()[-300:]}")
         control = json.loads(line)["control"]
 
+        def diskctl(*arguments: str) -> str:
+            argv = [str(binaries / "diskctl"), "--control", control, *arguments]
+            return subprocess.run(argv, check=True, stdout=subprocess.PIPE, text=True).stdout
+
         def fresh(size: int) -> str:
             made.append(f"disk{len(made)}")
-            argv = [str(binaries / "diskctl"), "--control", control, "image", "create", made[-1], str(size)]
-            subprocess.run(argv, check=True, stdout=subprocess.DEVNULL)
+            diskctl("image", "create", made[-1], str(size))
             return place.uri(made[-1])
 
-        yield Server("holdfast", fresh(size_bytes), process.pid, size_bytes, fresh)
+        yield Server("holdfast", fresh(size_bytes), process.pid, size_bytes, fresh, diskctl, made[0])
 
 
 @contextlib.contextmanager
@@ -135,7 +140,7 @@ def untracked(directory: Path, size_bytes: int, transport: Transport) -> Iterato
     place = Place.make(transport, directory, "untracked")
     where = str(place.port) if transport == "TCP" else str(place.path)
     argv = [sys.executable, "-m", "holdfast.bench.untracked", _file(directory, size_bytes), where]
-    with _running(argv, directory / "untracked.log") as process:
+    with running(argv, directory / "untracked.log") as process:
         wait_listening(process, place)
         yield Server("untracked", place.uri(), process.pid, size_bytes)
 
@@ -146,7 +151,7 @@ def nbdkit(directory: Path, size_bytes: int, transport: Transport) -> Iterator[S
     place = Place.make(transport, directory, "nbdkit")
     where = ["-i", "127.0.0.1", "-p", str(place.port)] if transport == "TCP" else ["-U", str(place.path)]
     argv = ["nbdkit", "-f", *where, "file", _file(directory, size_bytes)]
-    with _running(argv, directory / "nbdkit.log") as process:
+    with running(argv, directory / "nbdkit.log") as process:
         wait_listening(process, place)
         yield Server("nbdkit", place.uri(), process.pid, size_bytes)
 
@@ -163,7 +168,7 @@ def qemu_nbd(directory: Path, size_bytes: int, transport: Transport) -> Iterator
     place = Place.make(transport, directory, "qemu-nbd")
     where = ["-b", "127.0.0.1", "-p", str(place.port)] if transport == "TCP" else ["-k", str(place.path)]
     argv = ["qemu-nbd", "-f", "qcow2", *where, "-t", "-e", "4", "--cache=writeback", path]
-    with _running(argv, directory / "qemu-nbd.log") as process:
+    with running(argv, directory / "qemu-nbd.log") as process:
         wait_listening(process, place)
         yield Server("qemu-nbd", place.uri(), process.pid, size_bytes)
 
@@ -191,6 +196,6 @@ def available() -> tuple[dict[str, Starter], list[str]]:
 
 
 def cpu_seconds(pid: int) -> float:
-    """User and system time that a process has used so far."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    """User and system time that a process has used so far, threads that have ended included."""
+    # The kernel's number for "the CPU clock of that process" (clock_getcpuclockid): nanoseconds, not ticks.
+    return time.clock_gettime(~pid << 3 | 2)
