@@ -381,9 +381,10 @@ class OverlayLayer:
             await self.files.run(avhd.remove())
         finally:
             self._let_go()
-            # The last one to let go of a removed file gives its space back, and that takes a while.
+            # The last one to let go of a removed file gives its space back: 20 s were seen for 16,000 extents.
+            # Nobody has to wait for that, least of all the next checkpoint.
+            trio.lowlevel.start_thread_soon(lambda: os.close(descriptor), lambda _outcome: None)
             with trio.CancelScope(shield=True):
-                await trio.to_thread.run_sync(os.close, descriptor)
                 await trio.to_thread.run_sync(self._live.close)
         with contextlib.suppress(OSError):
             os.rmdir(self._directory / avhd.DIRECTORY)
