@@ -114,6 +114,7 @@ class Ownership:
         self._claimant = claimant
         self._before = before
         self.owner = owner
+        self._limiter = trio.CapacityLimiter(1)
         self._turn = trio.Lock()  # one change of the record at a time, so that ours is never a stranger's
 
     @classmethod
@@ -166,7 +167,8 @@ class Ownership:
     async def check(self) -> None:
         """Raises Lost where the lock or the record is gone or somebody else's; OSError tells nothing."""
         async with self._turn:
-            self.owner = await trio.to_thread.run_sync(self._check)
+            # A thread of its own: on storage that hangs, nobody else's wait for these.
+            self.owner = await trio.to_thread.run_sync(self._check, limiter=self._limiter)
 
     def _check(self) -> Owner:
         owner = self._files.run_blocking(ownership.check(self.owner))
