@@ -105,6 +105,15 @@ def test_a_time_that_cannot_be_read_is_kept():
     assert plan.keep == names(1, 2)
 
 
+def test_what_an_unfinished_backup_builds_on_stays_and_can_stand_alone():
+    plan = plan_prune(CHAIN, Keep(last=1), {name(8): name(2), name(9): None})
+    assert acts(plan) == (names(2, 5), names(2, 5), names(4, 3, 1))
+    said = {verdict.point: verdict.reasons for verdict in plan.verdicts}
+    assert said[name(2)] == [f"the unfinished backup {name(8)} builds on it"]
+    # One that is gone already is no reason for anything.
+    assert plan_prune(CHAIN, Keep(last=1), {name(8): name(7)}).keep == names(5)
+
+
 def oracle(made, keep):
     """The rules, spelled out: the newest of each period, counted from the newest period back."""
     newest_first = sorted(made, key=lambda m: (m.committed_at, m.point), reverse=True)

@@ -4,7 +4,11 @@ import os
 import shutil
 
 import pytest
-from diskd_repository_scene import Crash, LossyFiles, Scene, poll
+import trio
+from diskd_frozen import MemoryLibrary
+from diskd_partial_scene import send, take_whole
+from diskd_repository_scene import CONFIG, DISKS, Crash, LossyFiles, Scene, poll
+from diskd_target import receive_all, stream_of
 
 from diskd.core.retention import Keep
 from diskd.errors import Damaged
@@ -122,3 +126,34 @@ def test_the_report_says_why(tmp_path, scene):
     )
     assert report.verdicts[2].reasons == ["newest of the month 2026-01"]
     assert report.synthesized == [scene.names[2]]
+
+
+def test_what_an_unfinished_backup_builds_on_outlives_a_prune(tmp_path):
+    """Its source may go on with it (backup --resume): then its base is there, and good."""
+    library = MemoryLibrary(system=600 << 10, journal=64 << 10)
+    disk = library.images["system"]
+    streams = []
+
+    async def take(base):
+        frozen = await library.begin_checkpoint("web", DISKS, CONFIG)
+        streams.append(stream_of(frozen, base and streams[base - 1][1][0].point))
+        await frozen.end("keep")
+
+    for base in (None, 1, None, 2):
+        disk.write(len(streams) * 64 << 10, os.urandom(300 << 10))
+        trio.run(take, base)
+    full, middle, other, unfinished = (stream[1][0].point for stream in streams)
+    with open_repository(tmp_path) as repository:
+        for stream in streams[:3]:
+            receive_all(repository, stream)
+        _, events, opening = streams[3]
+        incoming = repository.receive(events[0], opening)
+        send(incoming, events[:2])
+        incoming.suspend()
+        report = repository.prune("web", LAST, poll, dry_run=False)
+        assert (report.kept, report.synthesized, report.removed) == ([middle, other], [middle], [full])
+        assert report.verdicts[1].reasons == [f"the unfinished backup {unfinished} builds on it"]
+        assert take_whole(repository.receive(events[0], opening, resume=True), streams[3]) == 1
+        assert repository.verify("web", unfinished, poll).problems == []
+        with repository.open("web", unfinished) as opened:
+            assert opened.views["system"].read(0, len(disk.data)) == bytes(disk.data)

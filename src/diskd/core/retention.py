@@ -8,13 +8,13 @@ same answer on every host and in summer and winter.
 
 A wanted point that builds on one that is not gets a synthetic full first; what is kept is verified; only then
 do the others go, from the newest to the oldest, so that at any moment everything which is left has its
-whole chain. Points that cannot be restored (damaged, or something below them is) are neither counted nor
+whole chain. What an unfinished backup builds on counts as wanted, since its source may go on with it. Points that cannot be restored (damaged, or something below them is) are neither counted nor
 removed, and what they build on stays too: whoever finds the missing part may still want them. A point whose
 commit time cannot be read is kept, since no rule can tell whether it is old.
 """
 
 import datetime as dt
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 import attrs
@@ -50,8 +50,8 @@ class Verdict:
 class PrunePlan:
     """In the order in which it is done: ``synthesize`` oldest first, then ``remove`` newest first.
 
-    ``wanted``: what the rules keep, and thus what must be good before anything goes; ``keep`` has besides
-    them what only damaged points need. ``verdicts``: all points, oldest first.
+    ``wanted``: what the rules or unfinished backups keep, and thus what must be good before anything goes;
+    ``keep`` has besides them what only damaged points need. ``verdicts``: all points, oldest first.
     """
 
     keep: list[str]
@@ -61,8 +61,9 @@ class PrunePlan:
     verdicts: list[Verdict]
 
 
-def plan_prune(points: Points, keep: Keep) -> PrunePlan:
-    """Raises Refused where no rule keeps anything, or a number is out of bounds."""
+def plan_prune(points: Points, keep: Keep, unfinished: Mapping[str, str | None] | None = None) -> PrunePlan:
+    """``unfinished``: backups that a source may still go on with, and what each builds on, which is kept.
+    Raises Refused where no rule keeps anything, or a number is out of bounds."""
     counts = (keep.last, keep.daily, keep.weekly, keep.monthly)
     if not any(counts):
         raise Refused("keep at least one point: --keep-last, --keep-daily, --keep-weekly or --keep-monthly")
@@ -71,6 +72,9 @@ def plan_prune(points: Points, keep: Keep) -> PrunePlan:
     ordered = by_commit(points.values())
     good = [manifest for manifest in ordered if is_restorable(points, manifest.point)]
     reasons = _wanted(good, keep)
+    for point, base in (unfinished or {}).items():
+        if base in {manifest.point for manifest in good}:
+            reasons.setdefault(base, []).append(f"the unfinished backup {point} builds on it")
     wanted = [manifest.point for manifest in ordered if manifest.point in reasons]
     for point, reason in _needed_by_broken(points, [m for m in ordered if m not in good]).items():
         reasons.setdefault(point, []).append(reason)

@@ -307,7 +307,7 @@ class Repository:
         loaded = self.load(vm)
         if not loaded.points and not loaded.damaged:
             raise Refused(f"the target has no VM {vm}")
-        plan = plan_prune(loaded.points, keep)
+        plan = plan_prune(loaded.points, keep, self.unfinished_points(vm))
         sizes = [disk.file.size for point in plan.remove for disk in loaded.points[point].disks]
         if plan.remove and not dry_run:
             for point in plan.synthesize:
