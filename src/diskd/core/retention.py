@@ -8,9 +8,11 @@ same answer on every host and in summer and winter.
 
 A wanted point that builds on one that is not gets a synthetic full first; what is kept is verified; only then
 do the others go, from the newest to the oldest, so that at any moment everything which is left has its
-whole chain. What an unfinished backup builds on counts as wanted, since its source may go on with it. Points that cannot be restored (damaged, or something below them is) are neither counted nor
-removed, and what they build on stays too: whoever finds the missing part may still want them. A point whose
-commit time cannot be read is kept, since no rule can tell whether it is old.
+whole chain. What an unfinished backup builds on counts as wanted, since its source may go on with it.
+
+Points that cannot be restored (damaged, or something below them is) are neither counted nor removed, and what
+they build on stays too: whoever finds the missing part may still want them. A point whose commit time cannot
+be read is kept, since no rule can tell whether it is old.
 """
 
 import datetime as dt
