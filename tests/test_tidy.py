@@ -42,6 +42,11 @@ def test_sizes(path: Path) -> None:
     assert not long
 
 
+@pytest.mark.parametrize("path", TESTS, ids=_name)
+def test_sizes_of_tests(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= MODULE_LINES_MAX, "split the tests by subject"
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=_name)
 def test_a_module_tells_its_story(path: Path) -> None:
     text = path.read_text()

@@ -14,6 +14,7 @@ from diskd.core.ports import Allocation
 from diskd.shell.image import Image, ImageSettings, Writer
 
 MiB = 1 << 20
+SIZE = 64 * MiB
 
 
 @attrs.frozen
@@ -106,3 +107,16 @@ class GatedLayer:
 
     async def close(self) -> None:
         return None
+
+
+async def create(place: Place, size: int = SIZE) -> None:
+    """An empty image there."""
+    await Image.create(place.directory, size)
+
+
+def blocks(image: Image, point: str) -> set[int]:
+    """The numbers of the blocks that are said to have changed since."""
+    found: set[int] = set()
+    for offset, length in image.changes_since(point).extents:
+        found.update(range(offset // 4096, (offset + length) // 4096))
+    return found

@@ -17,7 +17,11 @@ class Break:
 
 
 _CLUSTER_TESTS = ("tests/core/test_cluster_rules.py", "tests/golden", "tests/property/test_cluster_chaos.py")
-_TRACKING_TESTS = ("tests/core/test_diskd_tracking_crash.py", "tests/shell/test_diskd_image.py")
+_TRACKING_TESTS = (
+    "tests/core/test_diskd_tracking_crash.py",
+    "tests/shell/test_diskd_image.py",
+    "tests/shell/test_diskd_image_damage.py",
+)
 _POWER_TESTS = ("tests/shell/test_crash_directed.py",)
 _OVERLAY_TESTS = ("tests/core/test_diskd_overlay_crash.py", "tests/core/test_diskd_avhd.py")
 
