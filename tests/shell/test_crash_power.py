@@ -172,3 +172,18 @@ def test_files_elsewhere_leave_no_note(place, root, calls, tmp_path):
     calls.pwrite(descriptor, A, 0)
     assert lose(place, root, "nothing").sectors == 0
     assert (tmp_path / "f").read_bytes() == A
+
+
+def test_an_exchange_goes_back(place, root, calls):
+    for name in ("one", "other"):
+        calls.mkdir(root / name)
+        calls.mkdir(root / name / f"in-{name}")
+        sync_directory(calls, root / name)
+    sync_directory(calls, root)
+    library = ctypes.CDLL(None)
+    exchange = calls.exchange(library.renameat2)
+    assert exchange(-100, os.fsencode(root / "one"), -100, os.fsencode(root / "other"), ctypes.c_uint(2)) == 0
+    assert (root / "one" / "in-other").is_dir()
+    lose(place, root)
+    assert (root / "one" / "in-one").is_dir()
+    assert (root / "other" / "in-other").is_dir()

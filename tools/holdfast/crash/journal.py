@@ -9,6 +9,7 @@ of the daemon writes a file of its own, ``journal.N``; a record is a length and 
     sync   inode, position                            what was recorded before ``position`` is durable
     create dir, name                                  mkdir likewise
     rename dir, name, to dir, to name, saved          ``saved``: a link to what was replaced, or None
+    exchange dir, name, dir, name                     two directories swap their names
     remove dir, name, saved                           unlink and rmdir; ``saved`` is what was removed
 
 Directories and files are named by inode. Removed ones stay in ``saved/``, so that no inode number is used
@@ -31,13 +32,21 @@ _LENGTH: Final = struct.Struct("<I")
 
 @attrs.frozen
 class Place:
-    """The directory of one power supply: journals, saved files, and what the files' ctimes should be."""
+    """The directory of one power supply: journals, saved files, and what the files' ctimes should be.
+
+    ``near``: a directory for the saved files where ``directory`` is on another file system than the root.
+    """
 
     directory: Path
+    near: Path | None = None
 
     @property
     def saved(self) -> Path:
-        return self.directory / "saved"
+        return (self.near or self.directory) / "saved"
+
+    def make(self) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self.saved.mkdir(parents=True, exist_ok=True)
 
     @property
     def times(self) -> Path:
@@ -52,7 +61,7 @@ class Journal:
     """The journal of one life. Its user holds a lock around each record and the change it announces."""
 
     def __init__(self, place: Place) -> None:
-        place.saved.mkdir(parents=True, exist_ok=True)
+        place.make()
         self.number = max((int(path.suffix[1:]) for path in place.journals()), default=0) + 1
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC
         self._descriptor = os.open(place.directory / f"journal.{self.number}", flags, 0o600)

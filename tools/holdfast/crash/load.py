@@ -5,11 +5,12 @@ from typing import Final
 
 import trio
 
-from holdfast.crash.client import Client, ConnectionLost, connect
+from holdfast.crash.client import Client, ConnectionLost, RequestFailed, connect
 from holdfast.crash.journal import SECTOR
 from holdfast.crash.machine import Machine
 from holdfast.crash.oracle import BLOCK, Image, Violation
 
+ESHUTDOWN: Final = 108  # NBD's own number
 NEVER_FLUSHING: Final = ("write",) * 6 + ("zero", "trim")
 BUSY: Final = (*NEVER_FLUSHING, "flush", "fua")
 _SECTORS_MAX: Final = 128
@@ -72,9 +73,11 @@ class Guests:
                         self.acks += 1
                         self.wake()
                         requests -= 1
-        except ConnectionLost as lost:
-            if not self.is_over:
-                raise Violation(f"{image.name}: a connection broke: {lost}") from lost
+        except (ConnectionLost, RequestFailed) as lost:
+            # Sent home by a daemon that stops: what was in flight may or may not have been done.
+            sent_home = isinstance(lost, ConnectionLost) or lost.number == ESHUTDOWN
+            if not (self.is_over and sent_home):
+                raise Violation(f"{image.name}: {lost}: {self._machine.log()}") from lost
 
     async def _request(self, image: Image, client: Client, rng: Random) -> None:
         kind = rng.choice(self._kinds)

@@ -49,7 +49,7 @@ class Machine:
         self._boot = directory / "boot_id"
         self._diskd = DaemonProcess(directory / "diskd.log")
         self.root.mkdir()
-        self._place.saved.mkdir(parents=True)
+        self._place.make()
         self._boot.write_text(str(uuid.uuid4()))
 
     @property
@@ -69,7 +69,8 @@ class Machine:
         return self._diskd.log()
 
     def _arguments(self) -> list[str]:
-        journal = ("-m", "holdfast.crash.daemon", str(self._place.directory), str(self.root), "--")
+        place = str(self._place.directory)
+        journal = ("-m", "holdfast.crash.daemon", place, place, str(self.root), "--")
         free = ("--nbd", "127.0.0.1:0", "--control", "127.0.0.1:0")
         own = (f"shared_dir={self._shared}", f"boot_id_file={self._boot}", *self._settings)
         settings = [part for setting in own for part in ("--set", setting)]

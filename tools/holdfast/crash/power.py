@@ -31,7 +31,7 @@ KEEPS: Final[tuple[Keep, ...]] = (
 )
 
 
-_NAMES: Final = ("create", "rename", "remove")
+_NAMES: Final = ("create", "rename", "exchange", "remove")
 
 
 @attrs.define
@@ -104,7 +104,7 @@ class _Fate:
 
 def _subject(record: list[Any]) -> int:
     """The inode whose sync makes it durable: for a rename, that of the directory it goes to."""
-    return int(record[3] if record[0] == "rename" else record[1])
+    return int(record[3] if record[0] in ("rename", "exchange") else record[1])
 
 
 def _unsynced(records: list[tuple[int, int, list[Any]]]) -> list[tuple[int, list[Any]]]:
@@ -159,6 +159,14 @@ def _undo_name(place: Place, paths: dict[int, Path], when: int, record: list[Any
             saved = place.saved / rest[0]
             if not os.path.lexists(path) and os.path.lexists(saved):
                 saved.rename(path)
+        case "exchange":
+            to, to_name = rest
+            other = paths[to] / to_name if to in paths else None
+            if other is not None and os.path.lexists(other) and os.path.lexists(path):
+                between = place.saved / f"exchanged.{when}"
+                path.rename(between)
+                other.rename(path)
+                between.rename(other)
         case "rename":
             to, to_name, saved_name = rest
             target = paths[to] / to_name if to in paths else None

@@ -5,6 +5,7 @@ import shutil
 import socket
 import subprocess
 from pathlib import Path
+from random import Random
 from typing import Final, TypeVar
 
 import trio
@@ -12,6 +13,8 @@ import trio
 from daemonkit.cli import call_once
 from daemonkit.methods import Method
 from daemonkit.ports import Address
+from holdfast.crash import power
+from holdfast.crash.journal import Place
 from holdfast.crash.oracle import Violation
 from holdfast.crash.process import DISKD, DaemonProcess
 from holdfast.lab.links import LINKS_HEAL, LINKS_RESET, LINKS_SET, LinkChange, LinkNames, both_ways
@@ -23,14 +26,15 @@ R = TypeVar("R")
 CALL_SECONDS_MAX: Final = 120.0
 PROGRAM_SECONDS_MAX: Final = 120.0
 VM: Final = "web"
-_SMALL: Final = "size=160m"
+_SMALL: Final = "size=400m"
 _LINKS: Final = both_ways("diskd", "target")
 
 
 class Target:
     """``directory`` holds the repository's file system, a small one where root may mount it."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, can_lose_power: bool) -> None:
+        self.can_lose_power = can_lose_power
         self._disk = directory / "target"
         self.root = self._disk / "repository"
         self._process = DaemonProcess(directory / "target.log")
@@ -42,6 +46,8 @@ class Target:
         mount = ["mount", "-t", "tmpfs", "-o", _SMALL, "tmpfs", str(self._disk)]
         self.is_small = subprocess.run(mount, capture_output=True, check=False).returncode == 0
         self.root.mkdir()
+        self._place = Place(directory / "target-power", self._disk / "power")
+        self._place.make()
 
     @property
     def is_running(self) -> bool:
@@ -52,13 +58,19 @@ class Target:
 
     async def start(self) -> None:
         arguments = ["target", "--root", str(self.root), "--listen", str(self._address)]
-        await self._process.start([*DISKD, *arguments])
+        place, near = str(self._place.directory), str(self._place.near)
+        journal = ("-m", "holdfast.crash.daemon", place, near, str(self.root), "--")
+        await self._process.start([*(journal if self.can_lose_power else DISKD), *arguments])
 
     async def kill(self) -> None:
         await self._process.kill()
 
     async def stop(self) -> None:
         await self._process.stop()
+
+    def lose_power(self, rng: Random) -> None:
+        """It was killed a moment ago."""
+        power.fail(self._place, self.root, rng)
 
     async def close(self) -> None:
         """Whatever happened."""

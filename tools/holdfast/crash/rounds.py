@@ -2,7 +2,8 @@
 
 In each round guests write (qemu-io among them) while one thing is done: a backup, a prune, a synthetic full,
 a resize, a point deleted, a restart. Often something goes wrong at a random moment: the link is cut or reset,
-the target, diskd or whoever asked is killed, the target's disk is full. Then all is mended and checked:
+the target, diskd or whoever asked is killed, the target's disk is full or its power fails. Then all is
+mended and checked:
 
     every point that was committed and not pruned is there, clean to qemu-img, and holds what it held
     a new one is the image at one instant while its backup ran, on all disks (B1)
@@ -40,7 +41,7 @@ R = TypeVar("R")
 _SIZES: Final = (2 * MiB, 9 * MiB)
 _SIZE_MAX: Final = 24 * MiB
 _SETTINGS: Final = ("merge_batch=64KiB", "tracking_flush_interval=1s")
-_FAULTS: Final = ("cut", "reset", "target", "diskd", "client", "full")
+_FAULTS: Final = ("cut", "reset", "target", "target", "diskd", "client", "full")
 _ACTIONS: Final = ("backup",) * 5 + ("full", "prune", "synthesize", "grow", "delete", "restart")
 
 
@@ -122,6 +123,9 @@ class Rounds:
             case "target":
                 if self._target.is_running:
                     await self._target.kill()
+                    if self._target.can_lose_power:
+                        self._target.lose_power(self._rng)
+                        self.told["power losses"] += 1
             case "diskd":
                 self._guests.end()
                 if self._machine.is_running:
@@ -367,7 +371,7 @@ async def play(seed: int, rounds: int) -> Counter[str]:
     may_overflow = rng.random() < 0.25
     settings = (*_SETTINGS, "avhd_limit=1MiB") if may_overflow else _SETTINGS
     async with machine(rng, can_lose_power=False, settings=settings) as made:
-        target = Target(made.directory)
+        target = Target(made.directory, can_lose_power=rng.random() < 0.5)
         try:
             async with trio.open_nursery() as nursery:
                 await nursery.start(target.serve_link)

@@ -129,6 +129,19 @@ class SystemCalls:
 
         return call
 
+    def exchange(self, real: Callable[..., int]) -> Callable[..., int]:
+        """renameat2(2) as ctypes calls it: here only for swapping two names."""
+
+        def call(_at: int, one: bytes, _at_too: int, other: bytes, flags: Any) -> int:
+            first, second = self._full(one, None), self._full(other, None)
+            if first is None or second is None:
+                return real(_at, one, _at_too, other, flags)
+            with self._lock:
+                self._note("exchange", *self._entry(first), *self._entry(second))
+                return real(_at, one, _at_too, other, flags)
+
+        return call
+
     def fsync(self, descriptor: int) -> None:
         self._sync("fsync", descriptor)
 
