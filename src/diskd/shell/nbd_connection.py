@@ -358,7 +358,8 @@ class Connection:
     def _linger(self) -> bool:
         """Look again for a moment. True where something came."""
         lingering = self._lingering
-        if not lingering.begin():
+        if self._in_flight or not lingering.begin():
+            # What runs needs the scheduler in order to end.
             return False
         while not self._receive_nowait():
             if not lingering.go_on():
