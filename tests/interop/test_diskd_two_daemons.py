@@ -205,7 +205,8 @@ async def test_who_finds_the_image_taken_away_stops_serving_it(tmp_path: Path) -
         shown = await one.show("d")
         assert shown.owner is not None
         assert (shown.state, shown.owner.daemon, shown.epoch) == ("elsewhere", "n2", 4)
-        assert "n2" in await one.refuses(LEASE_SHOW, ImageName("d"))
+        assert (await one.ask(LEASE_SHOW, ImageName("d"))).epoch == 4
+        assert "diskd n2" in await one.refuses_acquire("d", 9)
         # Nothing was lost but the service: e is its own still, and is opened again.
         await one.open("e")
         await qemu_io(f"{first.nbd}/e", "write -P 1 0 64k", "read -P 1 0 64k")
