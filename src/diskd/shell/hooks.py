@@ -79,7 +79,8 @@ class HookRunner:
             yield state
         finally:
             if state.may_be_frozen:
-                await self._thaw(state)
+                with trio.move_on_after(self._thaw_seconds, shield=True):
+                    await self._thaw(state)
         if state.failure is not None:
             if not allow_crash_consistent:
                 raise Refused(state.failure)
@@ -97,23 +98,28 @@ class HookRunner:
         if state.failure is None:
             state.consistency = APPLICATION
         else:
-            await self._thaw(state)
+            with trio.move_on_after(self._thaw_seconds, shield=True):
+                await self._thaw(state)
 
     async def thaw_after_crash(self) -> None:
         """Of a cut that an earlier process began: it may have died while the guest was frozen."""
         if self._hooks is not None and await self._refusal("thaw") is None:
-            await self._thaw(Quiesced())
+            with trio.move_on_after(self._thaw_seconds, shield=True):
+                await self._thaw(Quiesced())
+
+    @property
+    def _thaw_seconds(self) -> float:
+        """A bound on all tries."""
+        return _THAW_TRIES * (self._settings.timeout_ns / SECOND + _GRACE_SECONDS)
 
     async def _thaw(self, state: Quiesced) -> None:
-        seconds = _THAW_TRIES * (self._settings.timeout_ns / SECOND + _GRACE_SECONDS)
-        with trio.move_on_after(seconds, shield=True):
-            failure: str | None = None
-            for _ in range(_THAW_TRIES):
-                failure = await self._run("thaw")
-                if failure is None:
-                    state.may_be_frozen = False
-                    return
-            state.failure = state.failure or failure
+        failure: str | None = None
+        for _ in range(_THAW_TRIES):
+            failure = await self._run("thaw")
+            if failure is None:
+                state.may_be_frozen = False
+                return
+        state.failure = state.failure or failure
         log.error("hook.thaw_failed", vm=self._vm, reason=state.failure)
 
     async def _refusal(self, name: HookName) -> str | None:

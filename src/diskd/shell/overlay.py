@@ -381,7 +381,7 @@ class OverlayLayer:
             await self.files.run(avhd.remove())
         finally:
             self._let_go()
-            # The last one to let go of a removed file gives its space back: 20 s were seen for 16,000 extents.
+            # Whoever lets go of a removed file last gives its space back: 20 s were seen for 16,000 extents.
             # Nobody has to wait for that, least of all the next checkpoint.
             trio.lowlevel.start_thread_soon(lambda: os.close(descriptor), lambda _outcome: None)
             with trio.CancelScope(shield=True):
