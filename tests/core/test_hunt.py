@@ -25,6 +25,7 @@ def test_what_is_hunted() -> None:
     assert [kind.name for kind in hunt.KINDS] == [
         "cluster",
         "tracking",
+        "older-copies",
         "tracked-merging",
         "merging",
         "killed",

@@ -1,9 +1,10 @@
 """`make hunt SECONDS=n`: random histories with fresh seeds, as many as fit, and what each kind of them found.
 
 Some are played in virtual time: the whole cluster under random faults (clusterd.sim.chaos), tracking crashed
-anywhere, fork and merge crashed anywhere, and both at once (diskd.sim). A seed fixes such a history
-completely. The others are real processes that are killed, lose their power, or lose their peers
-(holdfast.crash): there the seed fixes the plan, and what a kill meets is the scheduler's.
+anywhere, or with older copies of its files put back, fork and merge crashed anywhere, and both at once
+(diskd.sim). A seed fixes such a history completely. The others are real processes that are killed, lose
+their power, or lose their peers (holdfast.crash): there the seed fixes the plan, and what a kill meets is
+the scheduler's.
 
 Each kind has a share of the time. One that has failed is not played again, the others go on. For every kind
 there is a line at the end, and for every find the command that plays it again.
@@ -22,7 +23,7 @@ import click
 from clusterd.sim.chaos import run_chaos
 from daemonkit.cli import run_main
 from daemonkit.errors import OperatorError
-from diskd.sim import fork_story, overlay_story, tracking_story
+from diskd.sim import fork_story, overlay_story, rollback_story, tracking_story
 from holdfast.crash import stories
 
 # Below this a seed is easy to write down, and far more than one hunt gets through.
@@ -63,6 +64,7 @@ def _tracked_merging(seed: int) -> None:
 KINDS: Final = (
     Kind("cluster", 1, _cluster),
     Kind("tracking", 1, _tracking),
+    Kind("older-copies", 1, rollback_story.run_seed),
     Kind("tracked-merging", 1, _tracked_merging),
     Kind("merging", 1, _merging),
     *(Kind(name, 3, partial(stories.run, name)) for name in stories.NAMES),
