@@ -9,11 +9,12 @@ from random import Random
 
 import pytest
 
-from daemonkit.diskd_api import BackupDisk, ImageName
+from daemonkit.diskd_api import BACKUP_RUN, BackupDisk, BackupRequest, ImageName
 from daemonkit.units import MiB
-from diskd.core import calls
+from diskd.core import calls, target_calls
 from holdfast.crash.client import connect
 from holdfast.crash.machine import machine
+from holdfast.crash.repository import VM, Target
 
 pytestmark = pytest.mark.slow
 
@@ -104,3 +105,27 @@ async def test_an_image_that_was_created_is_there():
     async with a_machine() as machine:
         await lose_power(machine)
         assert [info.name for info in (await machine.call(calls.IMAGE_LIST, calls.Nothing())).images] == ["d"]
+
+
+async def test_a_committed_backup_is_durable_at_the_target(nursery):
+    """B5: its name, its files and the directories that lead to it."""
+    async with a_machine() as machine:
+        target = Target(machine.directory, can_lose_power=True)
+        try:
+            await nursery.start(target.serve_link)
+            await target.start()
+            points = []
+            for number in range(2):  # a full, then a differential
+                async with client(machine) as guest:
+                    await guest.write(number * MiB, b"3" * BLOCK)
+                request = BackupRequest(VM, [BackupDisk("d", "d")], "", str(target.link))
+                points.append((await machine.call(BACKUP_RUN, request)).point)
+                await target.kill()
+                target.lose_power(RNG, "nothing")
+                await target.start()
+                found = await target.call(target_calls.VERIFY, target_calls.PointFilter(None, None))
+                assert [(point.point, point.problems) for point in found.points] == [
+                    (point, []) for point in points
+                ]
+        finally:
+            await target.close()

@@ -68,9 +68,9 @@ class Target:
     async def stop(self) -> None:
         await self._process.stop()
 
-    def lose_power(self, rng: Random) -> None:
+    def lose_power(self, rng: Random, keep: power.Keep | None = None) -> None:
         """It was killed a moment ago."""
-        power.fail(self._place, self.root, rng)
+        power.fail(self._place, self.root, rng, keep)
 
     async def close(self) -> None:
         """Whatever happened."""
