@@ -338,8 +338,11 @@ class Images:
             log.info("image.handed_over", image=name, epoch=epoch, holder=holder)
 
     def lease_elsewhere(self, name: str) -> LeaseState:
-        """As the storage has it, of an image that is not open here. Raises Refused."""
-        self._whose(name)
+        """As the storage has it, of an image that is not open here. Raises Refused, also where it is damaged:
+        nobody shall plan with it."""
+        state, reason, _ = self._whose(name)
+        if state == "damaged":
+            raise Refused(f"image {name} is damaged: {reason}")
         return directories.lease_of(self._directory / name)
 
     async def open(self, name: str, order: Order) -> ImageInfo:
