@@ -2,6 +2,7 @@
 
 import attrs
 import pytest
+import trio
 from diskd_partial_scene import (
     PowerLossFiles,
     commit,
@@ -17,6 +18,7 @@ from diskd.core.stream import Frame, StreamEncoder
 from diskd.errors import Damaged, Refused
 from diskd.shell.incoming import PROGRESS, Incoming
 from diskd.shell.repository import UNFINISHED_SECONDS_MAX, open_repository
+from diskd.shell.target import Target
 
 PORTION = 9
 
@@ -133,7 +135,6 @@ def test_leftovers_go_with_the_next_backup_with_a_settlement_or_with_time(stream
     with open_repository(tmp_path) as repository:
         kept = (left / PROGRESS).stat().st_mtime
         assert repository.clean_up(kept + UNFINISHED_SECONDS_MAX - 1) == []
-        assert repository.clean_up(kept + UNFINISHED_SECONDS_MAX + 1, {"web"}) == []
         assert repository.clean_up(kept + UNFINISHED_SECONDS_MAX + 1) == [f"web/{left.name}"]
     left = interrupted(tmp_path / "again", streams) if not (tmp_path / "again").mkdir() else None
     with open_repository(tmp_path / "again") as repository:
@@ -144,6 +145,21 @@ def test_leftovers_go_with_the_next_backup_with_a_settlement_or_with_time(stream
         header = attrs.evolve(streams[1][1][0], point="rp-" + "f" * 16)
         repository.receive(header, StreamEncoder(header).opening).discard()
         assert not left.exists()
+
+
+async def test_a_target_sweeps_what_nobody_comes_back_for(streams, tmp_path):
+    left = await trio.to_thread.run_sync(interrupted, tmp_path, streams)
+    kept = (left / PROGRESS).stat().st_mtime
+    with open_repository(tmp_path) as repository:
+        target = Target(repository)
+        await target.sweep_once(kept + UNFINISHED_SECONDS_MAX - 1)
+        assert left.exists()
+        async with target._turn("web", "somebody's"):
+            await target.sweep_once(kept + UNFINISHED_SECONDS_MAX + 1)
+            assert left.exists()
+        await target.sweep_once(kept + UNFINISHED_SECONDS_MAX + 1)
+        assert not left.exists()
+        assert [listed.point for listed in repository.listing("web")] == [streams[0][1][0].point]
 
 
 @pytest.mark.parametrize("name", ["export.index", PROGRESS, "system.qcow2"])

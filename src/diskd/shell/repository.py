@@ -14,7 +14,7 @@ import re
 import secrets
 import threading
 import time
-from collections.abc import Container, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
@@ -89,13 +89,12 @@ class Repository:
         self._files = files
         self._names = threading.RLock()
 
-    def clean_up(self, now: float, busy: Container[str] = ()) -> list[str]:
-        """Remove what no commit ever named, but for what a source may still go on with (and the VMs that are
-        ``busy``). ``now``: in seconds, as files' times are. The paths, for the log."""
+    def clean_up(self, now: float, only: str | None = None) -> list[str]:
+        """Remove what no commit ever named, but for what a source may still go on with; ``only`` of one VM.
+        ``now``: in seconds, as files' times are. Nobody else may write points of it meanwhile. The paths,
+        for the log."""
         removed = []
-        for vm in self.vms():
-            if vm in busy:
-                continue
+        for vm in self.vms() if only is None else [only]:
             for path in sorted((self.root / vm).iterdir()):
                 if path.name.startswith(TEMPORARY_PREFIXES) and not _may_go_on(path, now):
                     self._files.remove_tree(path)

@@ -164,9 +164,18 @@ class Target:
         """Now and then remove what no source will come back for; until cancelled."""
         while True:
             await trio.sleep(SWEEP_SECONDS)
-            busy = set(self._receiving)
-            for path in await self._thread(self._repository.clean_up, time.time(), busy):
-                log.info("repository.cleaned_up", path=path)
+            await self.sweep_once(time.time())
+
+    async def sweep_once(self, now: float) -> None:
+        """The same, now: of all VMs that nobody is writing."""
+        for vm in await self._thread(self._repository.vms):
+            if vm in self._receiving:
+                continue
+            # As whoever writes: an export that begins meanwhile waits, and is not taken for a leftover.
+            with contextlib.suppress(Refused, OSError):
+                async with self._turn(vm, "sweep"):
+                    for path in await self._thread(self._repository.clean_up, now, vm):
+                        log.info("repository.cleaned_up", path=path)
 
     # --- calls -------------------------------------------------------------------------------------
 
