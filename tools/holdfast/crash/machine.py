@@ -22,7 +22,7 @@ from daemonkit.methods import Method
 from daemonkit.ports import Address
 from holdfast.crash import power
 from holdfast.crash.journal import Place
-from holdfast.crash.process import DISKD, DaemonProcess
+from holdfast.crash.process import DISKD, STOP_SECONDS_MAX, DaemonProcess
 
 P = TypeVar("P")
 R = TypeVar("R")
@@ -142,4 +142,5 @@ async def machine(rng: Random, *, can_lose_power: bool, settings: tuple[str, ...
                 shutil.copytree(directory, os.environ[KEEP], dirs_exist_ok=True, symlinks=True)
             raise
         finally:
-            await made.close()
+            with trio.move_on_after(STOP_SECONDS_MAX, shield=True):
+                await made.close()

@@ -93,6 +93,7 @@ class Rounds:
         fault = rng.choice(_FAULTS) if rng.random() < 0.5 else None
         self._is_disturbed = fault is not None or self._may_overflow
         guests = self._guests = Guests(self._machine, BUSY)
+        asking = trio.CancelScope()
         async with trio.open_nursery() as nursery:
             for image in self._images:
                 for guest in range(rng.randrange(1, 4)):
@@ -101,7 +102,7 @@ class Rounds:
             nursery.start_soon(self._qemu_io, rng.choice(self._images), Random(f"{self._seed}/{number}/io"))
             while guests.acks < 20:
                 await guests.wait()
-            with trio.CancelScope() as asking:
+            with asking:
                 if fault is not None:
                     nursery.start_soon(self._disturb, fault, rng.random(), asking)
                 await self._do(action, rng)
@@ -157,16 +158,21 @@ class Rounds:
     async def _backup(self, _rng: Random) -> None:
         common = await self._common_points()
         listed = set(await self._listed())
-        try:
-            report = await self._run_backup("auto")
-        except CallRefused as error:
-            if "--full" in str(error) and listed and not common:
-                await self._run_backup("full")
-                return
-            raise
+        report = await self._run_backup_or_be_refused()
+        if isinstance(report, CallRefused):
+            if "--full" not in str(report) or not listed or common:
+                raise report
+            await self._run_backup("full")
+            return
         expected = "differential" if listed else "full"
         if report.kind != expected:
             raise Violation(f"a {report.kind} where {expected} was due; in common: {sorted(common)} (B3)")
+
+    async def _run_backup_or_be_refused(self) -> BackupReport | CallRefused:
+        try:
+            return await self._run_backup("auto")
+        except CallRefused as error:
+            return error
 
     async def _backup_full(self, _rng: Random) -> None:
         report = await self._run_backup("full")
