@@ -136,7 +136,7 @@ def test_a_disk_that_fills_up_under_running_daemons(disk, tmp_path):
         refused(
             "No space left on device", *diskctl, "lease", "acquire", "d", "--epoch", 3, "--holder", "n1/d"
         )
-        refused("No space left on device", *backup)
+        refused("less than low_disk_limit", *backup)
         refused("disk is full", *add)
         disk.empty()
         images = json.loads(ask(*diskctl, "image", "list", "--json").stdout)
