@@ -316,68 +316,6 @@ BREAKS: tuple[Break, ...] = (
         ("tests/core/test_diskd_rollback.py", "tests/core/test_diskd_side_files.py"),
     ),
     Break(
-        "marks-turned-off",
-        "T1",
-        "a write is admitted although one of its regions is closed",
-        "src/diskd/core/tracker.py",
-        "        if self._open.find(0, first, last + 1) >= 0:\n            return False\n",
-        "",
-        ("tests/core/test_diskd_tracking_crash.py",),
-    ),
-    Break(
-        "closed-on-disk-first",
-        "T2",
-        "a region stays open in memory while its closing record is written",
-        "src/diskd/core/tracker.py",
-        "                self._open[region] = 0\n                self._closing.add(region)\n",
-        "                self._closing.add(region)\n",
-        ("tests/core/test_diskd_tracking_crash.py",),
-    ),
-    Break(
-        "joined-a-begun-commit",
-        "T1",
-        "a first touch joins a sync of the MRT that has begun without its region",
-        "src/diskd/core/tracker.py",
-        "        self._wanted.update(dict.fromkeys(regions))\n",
-        """        if self._committing is not None:
-            for region in regions:
-                if not self._durable_open[region]:
-                    self._durable_open[region] = 1
-                    self._durable_count += 1
-                    self._committing.opening.append(region)
-            return
-        self._wanted.update(dict.fromkeys(regions))
-""",
-        ("tests/core/test_diskd_tracking_crash.py",),
-    ),
-    Break(
-        "resize-not-recorded",
-        "T2",
-        "a resize is carried out before its intent is durable",
-        "src/diskd/core/resize.py",
-        "    yield Replace(FILE, encode_intent(tracker.identity, intent))\n",
-        "    yield from ()\n",
-        ("tests/core/test_diskd_resize.py",),
-    ),
-    Break(
-        "older-mrt-believed",
-        "T4",
-        "an MRT put back from before the last open regions is believed after a power loss",
-        "src/diskd/core/recovery.py",
-        "    if not header.clean and around.mrt_changed_ns > stamped_ns + WRITE_NS_MAX:\n",
-        "    if False:\n",
-        ("tests/core/test_diskd_rollback.py",),
-    ),
-    Break(
-        "older-interval-believed",
-        "T4",
-        "the file of an interval from before a join is believed",
-        "src/diskd/core/interval.py",
-        "    if through < segment.through:\n",
-        "    if False:\n",
-        ("tests/core/test_diskd_rollback.py", "tests/core/test_diskd_side_files.py"),
-    ),
-    Break(
         "merge-clears-before-sync",
         "B6",
         "the map's entries are cleared before the parent's copy is durable",
