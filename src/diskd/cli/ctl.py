@@ -31,9 +31,10 @@ def group(context: click.Context, control: Address, key: str | None) -> None:
     """Images, leases, reference points, checkpoints and backups of a diskd.
 
     \b
-    diskctl image create web 10GiB                      an image
+    diskctl image create web 10GiB                      an image; `image import` makes one of a disk file
     diskctl lease acquire web --epoch 1 --holder n1/web who may write to it
     diskctl backup --vm web --image web --target HOST:PORT
+    diskctl show web                                    what it does, and how it is
     diskctl changes web --since rp-...                  what changed since a reference point
     diskctl checkpoint begin --vm web --image web       freeze it, for backups that pull
 

@@ -89,7 +89,7 @@ def create(diskd: Diskd, name: str, size: int, as_json: bool) -> None:
 @json_option
 @pass_diskd
 def list_(diskd: Diskd, as_json: bool) -> None:
-    """All images."""
+    """All images: size, state, lease, clients, points. REASON says why one is not served, or fails."""
     images = diskd.call(calls.IMAGE_LIST, calls.Nothing()).images
     if as_json:
         print_json([document(info) for info in images])

@@ -128,7 +128,8 @@ def status(diskd: Diskd, as_json: bool) -> None:
         f"diskd {found.version}, pid {found.pid}, root {found.root}, up {vitals.uptime_ns // SECOND} s"
     )
     click.echo(f"nbd {found.nbd or '-'}, socket {found.nbd_socket or '-'}, {found.connections} clients")
-    click.echo(f"{found.images} images, {found.closed} of them not served (diskctl image list tells why)")
+    why = f", {found.closed} of them not served (diskctl image list tells why)" if found.closed else ""
+    click.echo(f"{found.images} images{why}")
     click.echo(
         f"loop late by {vitals.loop_lag_ns / SECOND:.3f} s at most, {vitals.threads} threads,"
         f" {format_size(vitals.resident_bytes)}, {vitals.open_files} of {vitals.files_max} files"
