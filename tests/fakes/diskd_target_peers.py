@@ -11,6 +11,7 @@ from diskd.core import target_calls as calls
 from diskd.core.stream import (
     Ack,
     Ready,
+    Working,
     decode_reply,
 )
 from diskd.shell.backup import run_backup
@@ -58,7 +59,7 @@ class Peer:
             return decode_reply(payload)
 
     async def last_reply(self):
-        while isinstance(reply := await self.reply(), Ack | Ready):
+        while isinstance(reply := await self.reply(), Ack | Ready | Working):
             pass
         return reply
 
