@@ -387,7 +387,8 @@ class OverlayLayer:
             with trio.CancelScope(shield=True):
                 await trio.to_thread.run_sync(self._live.close)
         with contextlib.suppress(OSError):
-            os.rmdir(self._directory / avhd.DIRECTORY)
+            # By thread: it may wait for the space that is given back, and that held up everybody for 10 s.
+            await trio.to_thread.run_sync(os.rmdir, self._directory / avhd.DIRECTORY)
 
     async def close(self) -> None:
         """A clean stop while the AVHD stands: everything durable, so that the mapped copy is not needed."""

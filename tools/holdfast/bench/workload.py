@@ -41,7 +41,7 @@ CELLS = [
     Cell("1 MiB write, depth 4", True, MiB, 4, 250, MiB),
     *(
         Cell(
-            f"4 KiB write, first touch of {FIRST_TOUCHES} regions, depth {depth}",
+            f"4 KiB write, first touch of {FIRST_TOUCHES} regions in order, depth {depth}",
             True,
             4 * KiB,
             depth,
