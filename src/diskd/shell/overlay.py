@@ -379,6 +379,10 @@ class OverlayLayer:
         descriptor, self._descriptor = self._descriptor, -1
         try:
             await self.files.run(avhd.remove())
+            # Before the space is given back: after that it would wait for it, and whoever looks into the
+            # directory with it. By thread, for the same reason: the loop was held up for 10 s.
+            with contextlib.suppress(OSError):
+                await trio.to_thread.run_sync(os.rmdir, self._directory / avhd.DIRECTORY)
         finally:
             self._let_go()
             # Whoever lets go of a removed file last gives its space back: 20 s were seen for 16,000 extents.
@@ -386,9 +390,6 @@ class OverlayLayer:
             trio.lowlevel.start_thread_soon(lambda: os.close(descriptor), lambda _outcome: None)
             with trio.CancelScope(shield=True):
                 await trio.to_thread.run_sync(self._live.close)
-        with contextlib.suppress(OSError):
-            # By thread: it may wait for the space that is given back, and that held up everybody for 10 s.
-            await trio.to_thread.run_sync(os.rmdir, self._directory / avhd.DIRECTORY)
 
     async def close(self) -> None:
         """A clean stop while the AVHD stands: everything durable, so that the mapped copy is not needed."""
