@@ -9,24 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from daemon_processes import BINARIES, node_toml
 
-BINARIES = Path(sys.executable).parent
 SCENARIO = Path(__file__).parents[2] / "scenarios" / "pulled-cable" / "scenario.toml"
 NOBODY = "127.0.0.1:1"
 KEY = "k" * 32
-NODE = """\
-name = "n1"
-cluster = "lab"
-key_files = ["key"]
-control = "127.0.0.1:0"
-store = ["http://127.0.0.1:1"]
-memory = "4GiB"
-vcpus = 4
-data_dir = "data"
-[[networks]]
-name = "a"
-listen = "127.0.0.1:0"
-"""
+NODE = node_toml()
 pytestmark = [pytest.mark.slow, pytest.mark.e2e]
 
 

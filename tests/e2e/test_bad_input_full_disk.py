@@ -3,29 +3,11 @@
 import contextlib
 import json
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from daemon_processes import BINARIES, FREE, SECONDS_MAX, daemon, node_toml
 
-BINARIES = Path(sys.executable).parent
-SECONDS_MAX = 30
-FREE = "127.0.0.1:0"
 pytestmark = [pytest.mark.slow, pytest.mark.e2e]
-
-NODE = """\
-name = "n1"
-cluster = "lab"
-key_files = ["{key}"]
-control = "127.0.0.1:0"
-store = ["{store}"]
-memory = "4GiB"
-vcpus = 4
-data_dir = "{data}"
-[[networks]]
-name = "a"
-listen = "127.0.0.1:0"
-"""
 
 
 class Disk:
@@ -59,27 +41,6 @@ def disk(tmp_path):
         subprocess.run(["umount", "--lazy", str(path)], check=True)
 
 
-@contextlib.contextmanager
-def daemon(log, *argv):
-    with log.open("wb") as err:
-        process = subprocess.Popen(
-            [BINARIES / argv[0], *map(str, argv[1:])],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=err,
-        )
-    try:
-        yield json.loads(process.stdout.readline())
-        assert process.poll() is None, log.read_text()
-        process.terminate()
-        assert process.wait(SECONDS_MAX) == 0
-        assert "Traceback" not in log.read_text()
-    finally:
-        process.kill()
-        process.wait()
-        process.stdout.close()
-
-
 def ask(*argv):
     done = subprocess.run(
         [BINARIES / argv[0], *map(str, argv[1:])],
@@ -101,7 +62,7 @@ def refused(text, *argv):
 
 def test_starting_on_a_full_disk(disk, tmp_path):
     (tmp_path / "key").write_text("k" * 32)
-    node = NODE.format(key=tmp_path / "key", store="http://127.0.0.1:1", data=disk.path / "node")
+    node = node_toml(key=tmp_path / "key", data=disk.path / "node")
     (tmp_path / "node.toml").write_text(node)
     disk.fill()
     full = "No space left on device"
@@ -122,7 +83,7 @@ def test_a_disk_that_fills_up_under_running_daemons(disk, tmp_path):
             return started.enter_context(daemon(tmp_path / f"{name}.log", *argv))
 
         store = start("store", "clusterd", "witness", "--data", disk.path / "store", "--listen", FREE)["url"]
-        node = NODE.format(key=tmp_path / "key", store=store, data=tmp_path / "node")
+        node = node_toml(store, key=tmp_path / "key", data=tmp_path / "node")
         (tmp_path / "node.toml").write_text(node)
         node = start("node", "clusterd", "run", "--config", tmp_path / "node.toml")
         diskd = start("diskd", "diskd", "run", "--root", disk.path / "root", "--nbd", FREE, "--control", FREE)

@@ -6,28 +6,12 @@ import random
 import socket
 import struct
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from daemon_processes import BINARIES, SECONDS_MAX, daemon, node_toml
 
-BINARIES = Path(sys.executable).parent
-SECONDS_MAX = 20
+UNHEARD = ("Traceback", '"level": "error"')
 pytestmark = [pytest.mark.slow, pytest.mark.e2e]
-
-NODE = """\
-name = "n1"
-cluster = "lab"
-key_files = ["key"]
-control = "127.0.0.1:0"
-store = ["{store}"]
-memory = "4GiB"
-vcpus = 4
-data_dir = "data"
-[[networks]]
-name = "a"
-listen = "127.0.0.1:0"
-"""
 
 
 def _post(path, body, length=None):
@@ -70,29 +54,6 @@ NOISE = {
 }
 
 
-@contextlib.contextmanager
-def daemon(log, *argv):
-    """A started daemon's ready line; it must end cleanly afterwards, its log without a traceback."""
-    with log.open("wb") as err:
-        process = subprocess.Popen(
-            [BINARIES / argv[0], *map(str, argv[1:])],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=err,
-        )
-    try:
-        yield json.loads(process.stdout.readline())
-        assert process.poll() is None, log.read_text()
-        process.terminate()
-        assert process.wait(SECONDS_MAX) == 0
-        assert "Traceback" not in log.read_text()
-        assert '"level": "error"' not in log.read_text()
-    finally:
-        process.kill()
-        process.wait()
-        process.stdout.close()
-
-
 def address_of(text):
     host, _, port = text.removeprefix("http://").rpartition(":")
     return host, int(port)
@@ -129,10 +90,10 @@ def test_nonsense_on_every_port(tmp_path):
     with contextlib.ExitStack() as started:
 
         def start(name, *argv):
-            return started.enter_context(daemon(tmp_path / f"{name}.log", *argv))
+            return started.enter_context(daemon(tmp_path / f"{name}.log", *argv, unheard=UNHEARD))
 
         store = start("store", "clusterd", "witness", "--data", tmp_path / "w", "--listen", free)["url"]
-        (tmp_path / "node.toml").write_text(NODE.format(store=store))
+        (tmp_path / "node.toml").write_text(node_toml(store))
         node = start("node", "clusterd", "run", "--config", tmp_path / "node.toml")
         diskd = start(
             "diskd", "diskd", "run", "--root", tmp_path / "root", "--nbd", free, "--control", free,

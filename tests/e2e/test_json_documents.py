@@ -3,51 +3,19 @@
 Keys beyond these may be added, behind them; none may go, be renamed or be missing.
 """
 
-import contextlib
 import json
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from daemon_processes import BINARIES, FREE, SECONDS_MAX, daemon, node_toml
 
-BINARIES = Path(sys.executable).parent
-SECONDS_MAX = 30
-FREE = "127.0.0.1:0"
 pytestmark = [pytest.mark.slow, pytest.mark.e2e]
 
-NODE = """\
-name = "n1"
-cluster = "lab"
-key_files = ["key"]
-control = "127.0.0.1:0"
-store = ["{store}"]
-memory = "4GiB"
-vcpus = 4
-data_dir = "data"
-[[networks]]
-name = "a"
-listen = "127.0.0.1:0"
+PEER = """\
 [peers.n2]
 control = "127.0.0.1:1"
 networks.a = "127.0.0.1:1"
 """
-
-
-@contextlib.contextmanager
-def daemon(*argv):
-    process = subprocess.Popen(
-        [BINARIES / argv[0], *map(str, argv[1:])],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        yield json.loads(process.stdout.readline())
-    finally:
-        process.terminate()
-        process.wait(SECONDS_MAX)
-        process.stdout.close()
 
 
 def out(*argv):
@@ -77,8 +45,20 @@ def test_what_diskctl_prints(tmp_path):
     for name in ("root", "target"):
         (tmp_path / name).mkdir()
     with (
-        daemon("diskd", "run", "--root", tmp_path / "root", "--nbd", FREE, "--control", FREE) as diskd,
-        daemon("diskd", "target", "--root", tmp_path / "target", "--listen", FREE) as target,
+        daemon(
+            tmp_path / "diskd.log",
+            "diskd",
+            "run",
+            "--root",
+            tmp_path / "root",
+            "--nbd",
+            FREE,
+            "--control",
+            FREE,
+        ) as diskd,
+        daemon(
+            tmp_path / "target.log", "diskd", "target", "--root", tmp_path / "target", "--listen", FREE
+        ) as target,
     ):
         ctl = ("diskctl", "--control", diskd["control"])
         out(*ctl, "image", "create", "d", "8MiB")
@@ -122,9 +102,11 @@ def test_what_clusterctl_prints(tmp_path):
     (tmp_path / "vm.toml").write_text(
         'name = "web"\nargv = ["sleep", "60"]\nmemory = "8GiB"\nstateless = true\n'
     )
-    with daemon("clusterd", "witness", "--data", tmp_path / "store", "--listen", FREE) as store:
-        (tmp_path / "node.toml").write_text(NODE.format(store=store["url"]))
-        with daemon("clusterd", "run", "--config", tmp_path / "node.toml") as node:
+    with daemon(
+        tmp_path / "witness.log", "clusterd", "witness", "--data", tmp_path / "store", "--listen", FREE
+    ) as store:
+        (tmp_path / "node.toml").write_text(node_toml(store["url"]) + PEER)
+        with daemon(tmp_path / "node.log", "clusterd", "run", "--config", tmp_path / "node.toml") as node:
             ctl = ("clusterctl", "--node", node["control"])
             assert "added" in out(*ctl, "vm", "add", "--no-start", tmp_path / "vm.toml")
             status = document(*ctl, "status")
