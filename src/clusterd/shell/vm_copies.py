@@ -27,6 +27,7 @@ Ask = Callable[[Command], Awaitable[calls.Accepted]]
 OnProgress = Callable[[Any], None]
 
 PROGRESS_MAX: Final = 64
+CLEAN_UP_SECONDS_MAX: Final = 60.0
 
 log = structlog.get_logger("vm_copies")
 
@@ -136,7 +137,8 @@ class VmCopies:
         try:
             accepted = await self._ask(AddVm(config, start=params.start))
         except HoldfastError:
-            await self._diskds.delete_images(params.diskd, sorted(images.values()))
+            with trio.move_on_after(CLEAN_UP_SECONDS_MAX, shield=True):
+                await self._diskds.delete_images(params.diskd, sorted(images.values()))
             raise
         log.info("vm.restored", vm=name, point=params.point, images=images)
         return calls.RestoredVm(name, params.point, images, restored.data_bytes, accepted.text)

@@ -64,9 +64,9 @@ class Library:
         me = me or daemons.identify(settings, image_settings.boot_id_file)
         self._root = root
         self._me = me
+        self._key: bytes | None = None
         # VM: why no checkpoint of it begins now. Whoever reads a snapshot of it has no checkpoint any more.
         self.reserved: dict[str, str] = {}
-        self._key: bytes | None = None
         self._images: dict[str, OpenImage] = {}
         overlay_settings = OverlaySettings(
             settings.merge_batch_bytes,
@@ -202,7 +202,8 @@ class Library:
         try:
             return await found.change_lease(decision, epoch, holder)
         except Lost as error:
-            await self._lives.lose(image, found, str(error))
+            with trio.move_on_after(STOP_SECONDS, shield=True):
+                await self._lives.lose(image, found, str(error))
             raise
         except OSError as error:
             raise Refused(f"the lease of image {image} could not be made durable: {error}") from error

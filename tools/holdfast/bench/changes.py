@@ -148,7 +148,8 @@ async def _query(directory: Path, point: str, rounds: int) -> float:
             taken.append(time.perf_counter() - began)
         return statistics.median(taken[1:])
     finally:
-        await image.close()
+        with trio.move_on_after(60, shield=True):
+            await image.close()
 
 
 async def _query_empty(directory: Path, size_bytes: int, rounds: int) -> float:

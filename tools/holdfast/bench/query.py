@@ -125,7 +125,8 @@ async def ask(directory: Path, shared: Path, size_bytes: int, changed_bytes: int
         return Answer(size_bytes, changed_bytes, extents, middle(seconds), middle(cpu), middle(waits), grown)
     finally:
         image.abandon()
-        await trio.to_thread.run_sync(_remove, path, shared)
+        with trio.move_on_after(60, shield=True):
+            await trio.to_thread.run_sync(_remove, path, shared)
 
 
 async def _ask_all(directory: Path, shared: Path, size: int, changed: int, times: int) -> list[Answer]:

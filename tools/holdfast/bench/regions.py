@@ -94,7 +94,8 @@ async def _with_image(
         return (sum(length for _, length in report.extents) - changed) / changed
     finally:
         image.abandon()
-        await trio.to_thread.run_sync(shutil.rmtree, path)
+        with trio.move_on_after(60, shield=True):
+            await trio.to_thread.run_sync(shutil.rmtree, path)
         _lose_power(place)
 
 
