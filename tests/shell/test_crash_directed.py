@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from random import Random
 
 import pytest
+import trio
 
 from daemonkit.diskd_api import BACKUP_RUN, BackupDisk, BackupRequest, ImageName
 from daemonkit.units import MiB
@@ -25,8 +26,8 @@ RNG = Random(1)
 
 
 @asynccontextmanager
-async def a_machine():
-    async with machine(Random(1), can_lose_power=True, settings=SETTINGS) as made:
+async def a_machine(*settings):
+    async with machine(Random(1), can_lose_power=True, settings=settings or SETTINGS) as made:
         await made.start()
         await made.call(calls.IMAGE_CREATE, calls.CreateImage("d", 4 * MiB))
         yield made
@@ -129,3 +130,54 @@ async def test_a_committed_backup_is_durable_at_the_target(nursery):
                 ]
         finally:
             await target.close()
+
+
+async def merge_after_a_while(machine, guest):
+    """A checkpoint that stands for longer than recovery forgives. Its guest goes on: a region that is open
+    stays open as long as new blocks of it are written, and the parent sees nothing of it."""
+    info = await begin(machine)
+    for block in range(250):
+        await guest.write(block * BLOCK, b"4" * BLOCK)
+        with trio.move_on_after(0.004):
+            await trio.sleep_forever()
+    raw = machine.root / "images" / "d" / "disk.raw"
+    before = raw.stat().st_mtime_ns
+    await keep(machine, info)
+    while raw.stat().st_mtime_ns == before:
+        await trio.lowlevel.checkpoint()  # until the merge has begun to write
+    return info.point
+
+
+async def is_valid(machine, point):
+    infos = (await machine.call(calls.POINT_LIST, ImageName("d"))).points
+    return [(info.valid, info.reason) for info in infos if info.point == point] == [(True, None)]
+
+
+async def test_a_merge_is_not_taken_for_a_change_from_outside():
+    """T4: power is lost as a merge begins, when the parent had not been written for a while."""
+    async with a_machine("tracking_flush_interval=300ms") as machine:
+        async with client(machine) as guest:
+            point = await merge_after_a_while(machine, guest)
+        await machine.kill()
+        machine.lose_power(RNG, "everything")
+        await machine.start()
+        assert await is_valid(machine, point)
+
+
+async def test_the_first_writes_after_an_opening_are_not_taken_for_changes_from_outside():
+    """Regions that a crash left open take writes at once; power is lost before they are closed."""
+    async with a_machine("tracking_flush_interval=500ms") as machine:
+        info = await begin(machine)
+        await keep(machine, info)
+        for keep_all in (False, True):
+            async with client(machine) as guest:
+                await guest.write(0, b"5" * BLOCK)
+            await machine.kill()
+            if keep_all:
+                machine.lose_power(RNG, "everything")
+            # Longer than the two intervals that recovery forgives, from the last write to the next.
+            until = trio.current_time() + 1.2
+            while trio.current_time() < until:
+                await trio.lowlevel.checkpoint()
+            await machine.start()
+        assert await is_valid(machine, info.point)

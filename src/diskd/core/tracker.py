@@ -162,13 +162,18 @@ class Tracker:
         ahead = self._mark_ahead.touched(regions[0], regions[-1])
         self._ahead.update(dict.fromkeys(ahead))
 
-    def begin_commit(self, now_ns: int) -> Commit | None:
-        """The records to write now, or None where nothing is left to do. Then ``end_commit``."""
+    def begin_commit(self, now_ns: int, *, may_be_written: bool = False) -> Commit | None:
+        """The records to write now, or None where nothing is left to do. Then ``end_commit``.
+
+        ``may_be_written``: the raw file may be written at any moment without a region being opened first, as
+        a merge does. So it is said now, or the write would be taken for one from outside (T4).
+        """
         if self._committing is not None:
             raise InvariantBroken("two commits of the MRT at once")
         opening = self._choose()
         touched = {region // mrt.REGIONS_PER_RECORD for region in itertools.chain(self._closing, opening)}
-        time_ns = max(now_ns, self.area.time_ns) if opening else self.area.time_ns
+        is_announced = bool(opening) or may_be_written
+        time_ns = max(now_ns, self.area.time_ns) if is_announced else self.area.time_ns
         if time_ns > self._stamped_ns and not touched:
             touched.add(0)
         if not touched:

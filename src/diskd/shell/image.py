@@ -348,7 +348,7 @@ class Image:
                 return
 
     async def _commit(self) -> None:
-        begun = self.tracker.begin_commit(now_ns())
+        begun = self.tracker.begin_commit(now_ns(), may_be_written=self.layer is not self.raw)
         if begun is not None:
             await self.perform(commit(self.tracker, begun))
             self.tracker.end_commit(begun)

@@ -1,6 +1,7 @@
 """A `diskd target` behind a link that can be cut, and its repository as stock tools see it."""
 
 import contextlib
+import secrets
 import shutil
 import socket
 import subprocess
@@ -156,7 +157,10 @@ async def run(*argv: str) -> None:
 
 
 def _free_address() -> Address:
-    """Of this moment; a daemon that is started again listens where it did before."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return Address("127.0.0.1", probe.getsockname()[1])
+    """For good: a daemon that is started again listens where it did before. Below the ports that the system
+    gives to whoever asks for any."""
+    while True:
+        port = 20_000 + secrets.randbelow(12_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return Address("127.0.0.1", port)
