@@ -139,7 +139,7 @@ class Writer:
         self.image.counts.written_bytes += length
 
     def read_into_nowait(self, offset: int, buffer: bytearray) -> bool:
-        """As ``read_nowait``, into memory of the caller; False where a layer has no such form."""
+        """As ``read_nowait``, into memory of the caller."""
         self._begin()
         if not self.image.layer.read_into_nowait(offset, buffer):
             return False
