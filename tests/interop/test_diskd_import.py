@@ -125,7 +125,7 @@ async def test_half_an_import_leaves_nothing_behind(number, tmp_path):
         process = await trio.lowlevel.open_process(argv, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
         assert process.stdin is not None
         await process.stdin.send_all(b"data" * MiB)
-        await until(lambda: (daemon.root / "images/.new-a/disk.raw").exists())
+        await until(lambda: list(daemon.root.glob("images/.new-a*/disk.raw")))
         process.send_signal(number)
         await process.wait()
         await process.stdin.aclose()
@@ -140,7 +140,7 @@ async def test_a_killed_daemon_leaves_half_an_import_to_its_successor(tmp_path):
         process = await trio.lowlevel.open_process(argv, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
         assert process.stdin is not None and process.stderr is not None
         await process.stdin.send_all(b"data" * MiB)
-        await until(lambda: (daemon.root / "images/.new-a/disk.raw").exists())
+        await until(lambda: list(daemon.root.glob("images/.new-a*/disk.raw")))
         await daemon.end(signal.SIGKILL)
         await process.stdin.aclose()
         assert await process.wait() == 1
