@@ -74,7 +74,8 @@ class DaemonProcess:
     async def _end(self, number: signal.Signals) -> int:
         process, self._process = self._process, None
         assert process is not None
-        with trio.fail_after(STOP_SECONDS_MAX):
+        # Shielded: a fault that is called off in the middle would leave a process that nobody waits for.
+        with trio.fail_after(STOP_SECONDS_MAX, shield=True):
             if process.returncode is None:
                 process.send_signal(number)
             code = await process.wait()
