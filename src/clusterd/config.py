@@ -6,7 +6,6 @@ work together is refused here, with the reason, before anything is started.
 
 import ipaddress
 import re
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -30,6 +29,7 @@ from daemonkit.errors import OperatorError
 from daemonkit.hooks import check_hooks
 from daemonkit.ports import Address
 from daemonkit.schema import structure
+from daemonkit.toml_text import NotToml, parse_toml
 from daemonkit.units import UnitError, parse_duration, parse_size
 
 VM_FILE_BYTES_MAX: Final = 64 << 10  # it travels in one store record
@@ -131,8 +131,8 @@ def _read(path: Path) -> bytes:
 
 def _load(where: object, data: bytes) -> dict[str, Any]:
     try:
-        return tomllib.loads(data.decode("utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        return parse_toml(data.decode("utf-8"))
+    except (NotToml, UnicodeDecodeError) as error:
         raise OperatorError(f"{where}: not a TOML file: {error}") from error
 
 

@@ -9,12 +9,12 @@ itself. No shell sees any of it.
 """
 
 import shlex
-import tomllib
 from typing import Any, Final, Literal, TypeAlias
 
 import attrs
 
 from daemonkit.errors import OperatorError
+from daemonkit.toml_text import NotToml, parse_toml
 
 HookName: TypeAlias = Literal["freeze", "thaw"]
 WORDS_MAX: Final = 64
@@ -69,7 +69,7 @@ def _words(name: str, value: Any) -> tuple[str, ...]:
 def hooks_of(config: str) -> Hooks | None:
     """Of a VM file's text. A text that is no TOML is not one of ours, and has none. Raises BadHooks."""
     try:
-        table = tomllib.loads(config).get("hooks")
-    except (tomllib.TOMLDecodeError, RecursionError):
+        table = parse_toml(config).get("hooks")
+    except NotToml:
         return None
     return None if table is None else check_hooks(table)

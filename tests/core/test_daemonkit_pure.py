@@ -12,6 +12,7 @@ from daemonkit.errors import OperatorError, plain, words_of
 from daemonkit.frames import FrameError, FrameReader, frame
 from daemonkit.ports import Address
 from daemonkit.schema import SchemaError, structure, unstructure
+from daemonkit.toml_text import NotToml, parse_toml
 from daemonkit.units import (
     DURATION_NS_MAX,
     SECOND,
@@ -244,3 +245,24 @@ def test_errors_are_told_in_words():
     assert plain("a: [Errno 28] No space left on device") == "a: No space left on device"
     assert words_of(OSError(2, "No such file", "/x")) == "No such file: '/x'"
     assert words_of(ValueError()) == "ValueError"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a" + ".a" * 100_000 + " = 1",  # would take minutes
+        "[a" + ".a" * 100_000 + "]",
+        "x = {a" + ".a" * 100_000 + " = 1}",
+        "x = " + "9" * 5000,
+        "x = " + "[" * 10_000,
+        "no toml",
+    ],
+)
+def test_toml_from_a_wire_is_bounded(text: str) -> None:
+    with pytest.raises(NotToml):
+        parse_toml(text)
+
+
+def test_dots_in_strings_are_just_dots() -> None:
+    path = "/a.b" * 1000
+    assert parse_toml(f'x = "{path}"\ny = [1.5, 2.5]') == {"x": path, "y": [1.5, 2.5]}

@@ -136,8 +136,8 @@ class Checkpoints:
         allow_crash_consistent: bool,
     ) -> StandingCheckpoint:
         """Library.begin_checkpoint."""
-        hooks_of(config)  # refused before anything is done
         images = check_request(self.images, vm, disks, config)
+        hooks_of(config)  # refused before anything is done
         identifier = f"cp-{secrets.token_hex(8)}"
         claims = [f"vm {vm}", *(f"image {name}" for name in images)]
         for claim in claims:
