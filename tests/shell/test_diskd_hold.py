@@ -73,6 +73,40 @@ async def test_writes_go_on_while_a_cut_waits_for_a_trim(place):
         assert await writer.read(MiB, 4096) == b"x" * 4096
 
 
+@pytest.mark.parametrize("verb", ["write", "trim"])
+async def test_nobody_who_waits_for_the_same_write_is_forgotten(place, verb):
+    await Image.create(place.directory, 8 * MiB)
+    async with open_image(place) as image:
+        layer = image.layer = GatedLayer(image) if verb == "write" else SlowTrims(image)
+        writer = any_writer(image)
+        entered: list[str] = []
+
+        async def hold(name: str) -> None:
+            async with image.held():
+                entered.append(name)
+
+        async def drain(name: str) -> None:
+            await image.drain(writer)
+            entered.append(name)
+
+        with trio.fail_after(20):
+            async with trio.open_nursery() as nursery:
+                if verb == "write":
+                    nursery.start_soon(writer.write, 0, b"w" * (2 * MiB))
+                else:
+                    nursery.start_soon(writer.trim, 0, 4096)
+                await layer.arrived.wait()
+                for name in ("resize", "cut"):
+                    nursery.start_soon(hold, name)
+                    nursery.start_soon(drain, f"{name}'s drain")
+                await trio.testing.wait_all_tasks_blocked()
+                assert entered == []
+                layer.gate.set()
+            assert sorted(entered) == ["cut", "cut's drain", "resize", "resize's drain"]
+            assert not image.is_held and not image.zeroes_are_held
+            await writer.write(0, b"x" * 4096)
+
+
 def test_parts_follow_what_they_cost():
     part = PART_BYTES_MIN
     for _ in range(20):

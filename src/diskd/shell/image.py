@@ -201,7 +201,9 @@ class Image:
     async def drain(self, writer: Writer) -> None:
         """Return when no call of ``writer`` is submitted any more."""
         while writer.submitted:
-            writer.idle = trio.Event()
+            # Several may wait: an event that somebody waits on already is never replaced.
+            if writer.idle is None or writer.idle.is_set():
+                writer.idle = trio.Event()
             await writer.idle.wait()
 
     @contextlib.asynccontextmanager
@@ -217,7 +219,8 @@ class Image:
                 self.is_held, self._unheld = True, trio.Event()
             try:
                 while self.writes:
-                    self._quiet = trio.Event()
+                    if self._quiet.is_set():
+                        self._quiet = trio.Event()
                     await self._quiet.wait()
                 yield
             finally:
@@ -233,7 +236,8 @@ class Image:
             self.zeroes_are_held, self._zeroes_unheld = True, trio.Event()
         try:
             while self.zeroings:
-                self._zeroes_quiet = trio.Event()
+                if self._zeroes_quiet.is_set():
+                    self._zeroes_quiet = trio.Event()
                 await self._zeroes_quiet.wait()
             yield
         finally:
