@@ -111,6 +111,50 @@ def interrupted(root, streams, *, cut=30):
     return root / "web" / f".incoming-{stream[1][0].point}"
 
 
+def sent_into_the_second_disk(repository, stream, end):
+    """A durable record of the first disk, then frames up to ``end`` of which nothing is recorded."""
+    frames = frames_of(stream)
+    first = sum(frame.header.disk == 0 for frame in frames)
+    assert PORTION < first < len(frames) - 2
+    incoming = repository.receive(stream[1][0], stream[2])
+    send(incoming, stream[1][: 1 + PORTION], portion=PORTION)
+    send(incoming, stream[1][: 1 + (end or first + 2)], first=PORTION, keep=False)
+    assert (incoming._path / "journal.qcow2").exists()
+    return incoming
+
+
+def test_a_kill_after_the_next_disk_began_is_gone_on_from(streams, whole, tmp_path):
+    """The file of a disk that the record knows nothing of is there, and made anew."""
+    receive_base(tmp_path, streams)
+    with open_repository(tmp_path) as repository:
+        sent_into_the_second_disk(repository, streams[1], None)._stack.close()
+    assert resume(tmp_path, streams[1]) == PORTION
+    assert point_of(tmp_path, streams[1]) == whole
+
+
+def test_a_commit_that_is_cancelled_is_gone_on_from(streams, whole, tmp_path):
+    class Cancelled(BaseException):
+        pass
+
+    def poll():
+        raise Cancelled
+
+    receive_base(tmp_path, streams)
+    stream = streams[1]
+    with open_repository(tmp_path) as repository:
+        incoming = sent_into_the_second_disk(repository, stream, len(frames_of(stream)))
+        with pytest.raises(Cancelled):
+            incoming.commit(
+                stream[1][-1],
+                source_digest=stream[1][-1].digest.hex(),
+                committed_at="2026-01-01T00:00:00+00:00",
+                poll=poll,
+            )
+        incoming.suspend()
+    assert resume(tmp_path, stream) == PORTION
+    assert point_of(tmp_path, stream) == whole
+
+
 def test_an_unfinished_point_is_no_point(streams, tmp_path):
     interrupted(tmp_path, streams)
     with open_repository(tmp_path) as repository:

@@ -312,6 +312,7 @@ class Incoming:
                 self._written.append((descriptor, size))
             self._synced = len(self._written)
             self._disk = self._synced - 1
+            self._remove_unrecorded()
             self._start_disk(self._open)
             assert self._writer is not None
             offset, length = self._writer.l1_bytes
@@ -321,6 +322,13 @@ class Incoming:
             raise Unusable(str(error)) from error
         self._data_bytes = list(progress.data_bytes)
         self.taken = self.durable = progress.frames
+
+    def _remove_unrecorded(self) -> None:
+        """The files of disks that began after the record: they are made anew, and must not be in the way."""
+        for disk in self.header.disks[self._synced + 1 :]:
+            path = self._path / disk_file(disk.name)
+            if path.exists():
+                self._files.remove(path)
 
     def _reopen_index(self, progress: Progress) -> None:
         self._index = self._open(INDEX)
