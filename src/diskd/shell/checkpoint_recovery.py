@@ -79,8 +79,11 @@ class CheckpointRecovery:
             await self._resume(held)
         self._merge_orphan(image)
 
-    def detach(self, image: OpenImage, reason: str) -> None:
-        """The image is served no more, though it exists: its records are somebody else's, or wait."""
+    def detach(self, image: OpenImage, reason: str) -> list[Held]:
+        """The image is served no more, though it exists: its records are somebody else's, or wait.
+
+        From this step on nothing is recorded in them; ``close_records`` is what is left to do."""
+        lost: list[Held] = []
         for records in (self._checkpoints.held, self._waiting):
             for identifier, held in list(records.items()):
                 if not _names(held.record, image):
@@ -89,7 +92,8 @@ class CheckpointRecovery:
                 held.lost = reason
                 for disk in held.disks.values():
                     disk.end(reason)
-                held.files.close()
+                lost.append(held)
+        return lost
 
     def waits(self, image: OpenImage) -> bool:
         """Its AVHD's record waits for another image: so it may be given away as it is."""
@@ -190,6 +194,13 @@ class CheckpointRecovery:
             await self._checkpoints.end_held(held, outcome)
         else:
             await self._checkpoints.settle_points(held)
+
+
+async def close_records(records: list[Held]) -> None:
+    """Of checkpoints that are not this daemon's any more: when no change of a record is under way."""
+    for held in records:
+        async with held.lock:
+            held.files.close()
 
 
 def _names(record: Record, image: OpenImage) -> bool:

@@ -9,6 +9,7 @@ import contextlib
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Final
 from uuid import uuid4
@@ -26,11 +27,12 @@ from diskd.core.ownership import Lost, Owner
 from diskd.errors import Refused
 from diskd.shell import directories, owning, resizing
 from diskd.shell.checkpoint_records import sweep as sweep_checkpoints
-from diskd.shell.checkpoint_recovery import CheckpointRecovery
+from diskd.shell.checkpoint_recovery import CheckpointRecovery, close_records
 from diskd.shell.checkpoints import Checkpoints
 from diskd.shell.image import Image, ImageSettings, Writer
 from diskd.shell.image_files import adopt_blocking
 from diskd.shell.imports import SizeCheck
+from diskd.shell.insistence import Action
 from diskd.shell.open_image import OpenImage
 from diskd.shell.owning import AT_START, Claimant, NotOurs, Order
 from diskd.shell.raw_layer import now_ns
@@ -301,41 +303,66 @@ class Images:
 
     async def release(self, name: str) -> ImageInfo:
         """Close it cleanly, so that another daemon can open it with its tracking intact."""
+        await self._see_through(partial(self._release, name))
+        return self.show(name)
+
+    async def _release(self, name: str) -> None:
         with self._working_on(name):
             image = self.find(name)
             self._refuse_use(image, "release")
-            del self._opened[name]
-            self._recovery.detach(image, f"image {name} was released")
-            if image.image.failure is not None:
-                self._broken[name] = image.image.failure
-            try:
-                await image.close("released")
-            except OSError as error:
-                self._broken[name] = words_of(error)
-                raise Refused(f"image {name} could not be closed cleanly: {error}") from error
+            await self._give_away(image, f"image {name} was released")
             log.info("image.released", image=name)
-            return self.show(name)
 
     async def hand_over(self, name: str, epoch: int, holder: str) -> None:
         """To another daemon, for a new run: every older one is fenced here first. Its checkpoint goes along
         as it stands, as at a restart. Raises Refused."""
+        await self._see_through(partial(self._hand_over, name, epoch, holder))
+
+    async def _hand_over(self, name: str, epoch: int, holder: str) -> None:
         with self._working_on(name):
             image = self.find(name)
             await image.change_lease(lease.acquire, epoch, holder)
             if self._checkpoints.is_beginning(name):
                 raise Refused(f"a checkpoint of image {name} is just beginning: ask again")
-            reason = f"image {name} was handed over to {holder}"
-            del self._opened[name]
-            self._recovery.detach(image, reason)
-            await image.stop_merging(reason)
-            if image.image.failure is not None:
-                self._broken[name] = image.image.failure
-            try:
-                await image.close("released")
-            except OSError as error:
-                self._broken[name] = words_of(error)
-                raise Refused(f"image {name} could not be closed cleanly: {error}") from error
+            await self._give_away(image, f"image {name} was handed over to {holder}")
             log.info("image.handed_over", image=name, epoch=epoch, holder=holder)
+
+    async def _give_away(self, image: OpenImage, reason: str) -> None:
+        """Close it and say that anybody may open it. Raises Refused, and it is closed all the same."""
+        name = image.name
+        del self._opened[name]
+        try:
+            await close_records(self._recovery.detach(image, reason))
+            await image.stop_merging(reason)
+        except trio.Cancelled:
+            self._opened[name] = image  # the library stops, and closes what is open
+            raise
+        if image.image.failure is not None:
+            self._broken[name] = image.image.failure
+        try:
+            await image.close("released")
+        except OSError as error:
+            self._broken[name] = words_of(error)
+            raise Refused(f"image {name} could not be closed cleanly: {error}") from error
+
+    async def _see_through(self, action: Action) -> None:
+        """Return when it is done. Whoever stops waiting does not stop it: an image that is out of the catalog
+        and not closed yet would be with nobody until the next start."""
+        errors: list[Exception] = []
+        done = trio.Event()
+
+        async def run() -> None:
+            try:
+                await action()
+            except (OSError, HoldfastError) as error:
+                errors.append(error)
+            finally:
+                done.set()
+
+        self._nursery.start_soon(run)
+        await done.wait()
+        if errors:
+            raise errors[0]
 
     def lease_elsewhere(self, name: str) -> LeaseState:
         """As the storage has it, of an image that is not open here. Raises Refused, also where it is damaged:
@@ -401,14 +428,18 @@ class Images:
 
     async def lose(self, name: str, image: OpenImage, reason: str) -> None:
         """Stop serving what is not ours any more. Whoever is at work on it finds out for himself."""
+        await self._see_through(partial(self._lose, name, image, reason))
+
+    async def _lose(self, name: str, image: OpenImage, reason: str) -> None:
         if self._opened.get(name) is not image or name in self._in_work:
             return
         with self._working_on(name):
             del self._opened[name]
             self._broken[name] = f"this daemon lost it: {reason}"
             log.error("image.lost", image=name, reason=reason)
-            self._recovery.detach(image, f"image {name} was lost: {reason}")
+            records = self._recovery.detach(image, f"image {name} was lost: {reason}")
             await image.lose(f"the image is not served here any more: {reason}")
+            await close_records(records)
 
     def _refuse_image(self, name: str, reason: str) -> None:
         self._broken[name] = reason
