@@ -4,15 +4,20 @@ nobody's, and what the next one has is not written to any more."""
 import os
 import time
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 import trio
 from diskd_libraries import Hosts, hosts
-from diskd_library import disks, opened, put, until
+from diskd_library import disks, get, opened, put, until
 
 from daemonkit.units import MiB
+from diskd.core.steps import Script
+from diskd.errors import Refused
+from diskd.shell.files import Files
 from diskd.shell.library import Library
 
+T = TypeVar("T")
 SIZE = 8 * MiB
 
 
@@ -35,6 +40,21 @@ class Gate:
         while not self.is_open and time.monotonic() < deadline:
             time.sleep(0.002)
         os.fdatasync(descriptor)
+
+
+class LateFiles(Files):
+    """What is run on them is done, and answers only when it is let go."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        self.done = trio.Event()
+        self.go = trio.Event()
+
+    async def run(self, script: Script[T]) -> T:
+        result = await super().run(script)
+        self.done.set()
+        await self.go.wait()
+        return result
 
 
 async def leased(library: Library) -> None:
@@ -68,3 +88,42 @@ async def test_a_handover_goes_on_when_nobody_waits_for_it(storage: Hosts):
         await two.open_image("web")
         await two.acquire_lease("web", 3, "n2/web")
         assert (await opened(two, "web@3")).device.size_bytes == SIZE
+
+
+async def test_a_checkpoint_that_ends_while_its_image_is_handed_over_merges_nothing_here(storage: Hosts):
+    async with storage.serving("n1") as one, storage.serving("n2", "host2") as two:
+        await leased(one)
+        frozen = await with_avhd(one)
+        (held,) = one._checkpoints.held.values()
+        held.files.close()
+        held.files = late = LateFiles(held.files.directory)
+        image = one.opened("web")
+        async with trio.open_nursery() as nursery:
+
+            async def end() -> None:
+                with pytest.raises(Refused, match="handed over"):
+                    await frozen.end("discard")
+
+            nursery.start_soon(end)
+            await late.done.wait()
+            nursery.start_soon(one.hand_over, "web", 2, "n2/web")
+            await until(lambda: held.lost is not None)
+            late.go.set()
+        assert not held.merging
+        assert image.overlay.merge is None
+        await two.open_image("web")  # the end was durable: it is carried out here
+        await until(lambda: two.checkpoints() == [])
+        await two.acquire_lease("web", 3, "n2/web")
+        device = (await opened(two, "web@3")).device
+        assert await get(device, SIZE - 4096, 4096) == b"y" * 4096
+
+
+async def test_a_merge_that_was_decided_on_before_a_handover_does_not_begin_after_it(storage: Hosts):
+    async with storage.serving("n1") as one:
+        await leased(one)
+        await with_avhd(one)
+        image = one.opened("web")
+        await image.stop_merging("given away")
+        assert not await one._checkpoints.merge_image(image, image.overlay)
+        assert image.overlay.map.data_blocks == SIZE // 4096
+        assert image.stuck is None

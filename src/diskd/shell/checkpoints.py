@@ -288,7 +288,9 @@ class Checkpoints:
             held.invalid = True
 
     def start_merging(self, held: Held, reason: str) -> None:
-        """The frozen view has ended, durably: parents may change."""
+        """The frozen view has ended, durably: parents may change. Not ours: whoever has the images merges."""
+        if held.lost is not None:
+            return
         for disk in held.disks.values():
             disk.end(reason)
         for name, image in held.images.items():

@@ -202,7 +202,8 @@ class Library:
         try:
             return await found.change_lease(decision, epoch, holder)
         except Lost as error:
-            await self._lives.lose(image, found, str(error))
+            with trio.move_on_after(STOP_SECONDS, shield=True):  # it goes on after that
+                await self._lives.lose(image, found, str(error))
             raise
         except OSError as error:
             raise Refused(f"the lease of image {image} could not be made durable: {error}") from error

@@ -51,6 +51,7 @@ class OpenImage:
         self._lock = trio.Lock()  # one change of the lease, or of who holds it, at a time
         self._sessions: list[Session] = []
         self._merges: list[tuple[trio.CancelScope, trio.Event]] = []
+        self._merges_end: str | None = None  # why none begins any more
 
     @classmethod
     async def open(
@@ -113,7 +114,8 @@ class OpenImage:
             self.abandon()
 
     async def stop_merging(self, reason: str) -> None:
-        """Return when nothing is merged any more; whoever has the image next goes on."""
+        """Return when nothing is merged any more, nor will be; whoever has the image next goes on."""
+        self._merges_end = reason
         while self._merges:
             scope, ended = self._merges[-1]
             scope.cancel(reason=reason)
@@ -121,8 +123,10 @@ class OpenImage:
 
     @contextlib.contextmanager
     def merging(self) -> Iterator[None]:
-        """Around a merge: cut short where the image is lost."""
+        """Around a merge: cut short where the image is given away or lost."""
         scope, ended = trio.CancelScope(), trio.Event()
+        if self._merges_end is not None:  # it was decided on before that, and its task begins only now
+            scope.cancel(reason=self._merges_end)
         self._merges.append((scope, ended))
         try:
             with scope:
