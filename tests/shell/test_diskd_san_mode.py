@@ -37,6 +37,7 @@ case "$1 $mode" in
     "create lies") echo "$where/nowhere" ;;
     "create talks") echo "creating"; echo "$where" ;;
     "delete stuck") echo "in use" >&2; exit 1 ;;
+    "delete dawdles") while [ ! -e "$(dirname "$0")/go" ]; do sleep 0.02; done; rm -rf "$where" ;;
     create*) mkdir -p "$where" && cp -r "$3/images" "$where" && echo "$where" ;;
     delete*) rm -rf "$where" ;;
 esac
@@ -78,7 +79,21 @@ class Place:
                     await library.create_image(name, 4 * MiB)
             san = San(library, self.root)
             await san.recover()
-            yield library, san
+            async with trio.open_nursery() as running:
+                running.start_soon(san.run)
+                yield library, san
+                running.cancel_scope.cancel()
+
+    def patient(self):
+        """Its provider may take as long as it likes."""
+        file = self.root / "san.toml"
+        file.write_text(file.read_text().replace("timeout_s = 2", "timeout_s = 600"))
+
+    async def gone(self):
+        """Waits until nothing is left of any snapshot."""
+        with trio.fail_after(30):
+            while self.left():  # noqa: ASYNC110 - another process tells
+                await trio.sleep(0.01)
 
     def left(self):
         records = self.root / "san"
@@ -246,7 +261,31 @@ async def test_a_snapshot_that_cannot_be_deleted_is_deleted_later(tmp_path, nurs
             await back_up(san, address)
         place.mode("works")
         async with place.serving():
-            assert place.left() == []
+            await place.gone()
+
+
+async def test_a_provider_that_dawdles_does_not_hold_up_the_start(tmp_path, nursery):
+    """A provider may take an hour for each left-over snapshot; meanwhile guests and control are served."""
+    repository = tmp_path / "repository"
+    repository.mkdir()
+    address, _ = await start_target(nursery, repository)
+    with place_on("command", tmp_path) as place:
+        async with place.serving() as (library, san):
+            place.mode("stuck")
+            await back_up(san, address)
+            lost = await SanSource(san, "fast").begin_checkpoint("other", DISKS[:1], "", target="1" * 32)
+            for disk in lost.disks.values():
+                disk.close()
+        left = place.left()
+        place.patient()
+        place.mode("dawdles")
+        with trio.fail_after(30):
+            async with place.serving() as (library, san):
+                assert place.left() == left
+                assert library.reserved == {}
+                assert [point.valid for point in library.points("a")] == [True, False]
+                (place.directory / "go").touch()
+                await place.gone()
 
 
 async def test_a_daemon_that_dies_in_the_middle_leaves_no_snapshot_and_a_pending_point(tmp_path, nursery):
@@ -264,7 +303,7 @@ async def test_a_daemon_that_dies_in_the_middle_leaves_no_snapshot_and_a_pending
             for disk in lost.disks.values():
                 disk.close()
         async with place.serving() as (library, san):
-            assert place.left() == []
+            await place.gone()
             assert [point.valid for point in library.points("a")] == [True, False]
             second = await back_up(san, address)
             assert (second.base, second.disks[0].changed_bytes) == (first.point, 8 * KiB)

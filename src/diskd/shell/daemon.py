@@ -124,6 +124,7 @@ async def _serve(
                 nbd_socket=listening.nbd_socket,
                 metrics=str(metrics) if metrics else None,
             )
+            listeners.start_soon(san.run)
             log.info("daemon.ready", root=str(root), control=str(control), nbd=listening.nbd)
             number = await anext(signals)
             _tell_stopping(f"calls under way end ({signal.Signals(number).name})", server, library)

@@ -62,8 +62,8 @@ class San:
         self.records: dict[str, Record] = {}
 
     async def recover(self) -> None:
-        """Take up what an earlier run left: called once, when the library is open. Never fails because of a
-        provider: what cannot be deleted now is tried again at the next backup of this kind and start."""
+        """Take up what an earlier run left: called once, when the library is open. Points are settled here,
+        which asks no provider anything; ``run`` deletes the snapshots."""
 
         def load() -> tuple[list[Record], list[str]]:
             if not self._directory.is_dir():
@@ -79,8 +79,20 @@ class San:
             outcome = san.recover(record)
             if outcome is None:
                 self._reserve(record)
-            else:
-                await self.release_quietly(record.point, outcome)
+                continue
+            try:
+                await self._settle(record, outcome)
+            except (HoldfastError, OSError) as error:
+                log.warning("san.left_over", point=record.point, reason=str(error))
+
+    async def run(self) -> None:
+        """Delete the snapshots that an earlier run left, beside everything else: a provider may take an hour
+        for each, and no guest waits for that. What cannot be deleted is tried again at the next backup of
+        this kind and at the next start."""
+        async with trio.open_nursery() as nursery:
+            for record in self.records.values():
+                if record.state == "releasing":
+                    nursery.start_soon(self.release_quietly, record.point, "discard")
 
     async def snapshot(self, wanted: "_Wanted", held_by: san.HeldBy, target: str) -> "SnapshotVm":
         """Freeze, snapshot, end the checkpoint. Raises Refused or OSError; then all is as it was before."""
@@ -126,6 +138,15 @@ class San:
         record = self.records.get(point)
         if record is None:
             raise Refused(f"there is no snapshot of point {point}")
+        record = await self._settle(record, outcome)
+        await self._provider(record.provider).delete(record.snapshot)
+        with contextlib.suppress(FileNotFoundError):
+            self.mapping_path(point).unlink()
+        await self._advance(record, "deleted")
+        log.info("san.released", vm=record.vm, point=point, outcome=record.outcome)
+
+    async def _settle(self, record: Record, outcome: Outcome) -> Record:
+        """The durable word that it goes, then its point. Once more does no harm. Raises as above."""
         if record.state != "releasing":
             record = await self._advance(record, "release", outcome=outcome)
         assert record.outcome is not None
@@ -136,11 +157,7 @@ class San:
                 if stands or (info.outcome == "pending" and record.outcome != "pending"):
                     await self.library.end_checkpoint(record.checkpoint, record.outcome)
         self.library.reserved.pop(record.vm, None)
-        await self._provider(record.provider).delete(record.snapshot)
-        with contextlib.suppress(FileNotFoundError):
-            self.mapping_path(point).unlink()
-        await self._advance(record, "deleted")
-        log.info("san.released", vm=record.vm, point=point, outcome=record.outcome)
+        return record
 
     def mapping_path(self, point: str) -> Path:
         """The document for third parties."""
