@@ -20,6 +20,7 @@ from clusterd.core.properties import (
 from clusterd.core.records import (
     KINDS,
     Assignment,
+    ConfirmedDead,
     NodeRecord,
     Run,
     VmRequest,
@@ -291,6 +292,8 @@ def test_records_read_back_and_garbage_is_unknown() -> None:
     for garbage in (b"", b"[]", b"{}", b'{"owner": 1}', b"\xff", b'{"owner":"a","epoch":1,"more":2}'):
         with pytest.raises(StoreUnknown):
             decode_record(Assignment, "vms/web/assignment", garbage)
+    before = decode_record(ConfirmedDead, "confirmed/n1", b'{"boot_id":"b","incarnation":3}')
+    assert before.boots() == ("b",)  # a record of before there could be several
     assert kind_of("vms/web/spec") is VmSpec
     assert kind_of("nodes/n1") is NodeRecord
     assert [kind_of(key) for key in ("vms/web/other", "nodes/", "else", "vms")] == [None] * 4

@@ -2,10 +2,12 @@
 
 from typing import Any
 
+import attrs
 from clusterd_story import Story, vm
 
 from clusterd.core import commands as c
 from clusterd.core.owner import dead_boots
+from clusterd.core.records import ConfirmedDead
 from daemonkit.units import SECOND
 
 
@@ -104,3 +106,91 @@ def test_the_proof_is_kept_while_owners_come_and_go() -> None:
     story.command(c.ConfirmDead("n1"), node=third)
     story.online(on=third)
     assert "n1-boot-1" in dead_boots(core.desk.view, "web")
+
+
+def test_a_boot_whose_vm_runs_elsewhere_does_not_stand_in_the_way_of_a_proof() -> None:
+    """db ran on n1's first boot and has long been on n3; web ran on the second, which dies."""
+    story = per_host(resiliency_level="off")
+    story.command(c.AddVm(vm("db")))
+    story.online("db", on="n1")
+    story.command(c.MoveVm("db", "n3"))
+    story.online("db", on="n3")
+    story.do("kill n1")
+    story.world.run_for(10 * SECOND)
+    story.do("start n1")
+    story.until(lambda s: s["nodes"]["n1"]["state"] == "up")
+    story.command(c.AddVm(vm()))
+    story.online(on="n1")
+    story.do("kill n1")
+    story.until(lambda s: held(s) is not None, 30)
+    story.world.run_for(30 * SECOND)  # its session is over, and with it what it said of itself
+    story.command(c.ConfirmDead("n1"))
+    assert story.online()["owner"] in ("n2", "n3")
+    assert story.online("db")["owner"] == "n3"
+
+
+def test_one_word_proves_all_that_is_awaited_of_a_host() -> None:
+    """db waits for n1's first boot all the time, since storage answers nobody; app ran on the second."""
+    story = per_host(resiliency_level="off")
+    story.command(c.AddVm(vm()))
+    story.online(on="n1")
+    story.do("kill n1")
+    story.until(lambda s: held(s) is not None, 30)
+    story.do("kill diskd")
+    story.do("start n1")
+    story.until(lambda s: s["nodes"]["n1"]["state"] == "up")
+    story.command(c.AddVm(vm("app", disks=(), stateless=False)))
+    story.online("app", on="n1")
+    story.do("kill n1")
+    story.world.run_for(30 * SECOND)
+    story.command(c.ConfirmDead("n1"))
+    assert story.online("app")["owner"] in ("n2", "n3")
+    story.do("start diskd")
+    assert story.online()["owner"] in ("n2", "n3")
+
+
+def test_a_proof_outlives_the_membership_of_the_dead_node() -> None:
+    story = per_host()
+    story.command(c.AddVm(vm()))
+    story.online(on="n1")
+    story.do("kill n1")
+    story.until(lambda s: held(s) is not None, 30)
+    story.do("kill diskd")
+    story.until(lambda s: s["nodes"]["n1"]["state"] == "down", 60)
+    story.command(c.ConfirmDead("n1"))
+    story.command(c.RemoveNode("n1"))
+    story.do("start diskd")
+    assert story.online()["owner"] in ("n2", "n3")
+
+
+def test_a_node_that_was_removed_can_still_be_confirmed_dead() -> None:
+    story = per_host()
+    story.command(c.AddVm(vm()))
+    story.online(on="n1")
+    story.do("kill n1")
+    story.until(lambda s: held(s) is not None and s["nodes"]["n1"]["state"] == "down", 60)
+    story.world.run_for(30 * SECOND)
+    story.command(c.RemoveNode("n1"))
+    assert "there is no node 'n9'" in story.refused(c.ConfirmDead("n9"))
+    story.command(c.ConfirmDead("n1"))
+    assert story.online()["owner"] in ("n2", "n3")
+
+
+def test_a_host_that_lives_takes_back_the_word_about_this_boot_only() -> None:
+    """An operator was wrong about n1's second boot, not about its first."""
+    story = per_host(store_session="10s")
+    for fault, end in (("kill n1", "start n1"), ("isolate n1", "heal n1")):
+        story.do(fault)
+        story.until(lambda s: s["nodes"]["n1"]["state"] == "isolated")
+        story.command(c.ConfirmDead("n1"))
+        core = story.world.hosts["n2"].core
+        assert core is not None
+        confirmed = core.desk.view.record("confirmed/n1", ConfirmedDead)
+        story.do(end)
+        story.world.run_for(5 * SECOND)  # it is heard before it has read what was said of it
+    assert confirmed is not None
+    assert confirmed.boots() == ("n1-boot-2", "n1-boot-1")
+    assert core.desk.view.record("confirmed/n1", ConfirmedDead) == attrs.evolve(
+        confirmed, boot_id="n1-boot-1", also=()
+    )
+    assert dead_boots(core.desk.view, "web") == ("n1-boot-1",)

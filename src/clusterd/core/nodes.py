@@ -206,7 +206,7 @@ class NodeRecords:
         if said is not None and said.kind == "leave":
             return any(run_.epoch == run.epoch for run_ in said.runs)
         confirmed = view.record(f"confirmed/{run.node}", records.ConfirmedDead)
-        return confirmed is not None and confirmed.boot_id == run.boot_id
+        return confirmed is not None and run.boot_id in confirmed.boots()
 
 
 def _shape(record: NodeRecord) -> tuple[object, ...]:

@@ -255,7 +255,8 @@ def _remove_node(desk: Desk, command: c.RemoveNode) -> Change:
             guards.append(f"vms/{vm}/assignment")
             if run is None or run.state not in FINAL_RUN_STATES:
                 raise Refused(f"VM {vm} belongs to {node}: fail it over, or confirm that {node} is dead")
-    deletes = tuple(f"{kind}/{node}" for kind in ("members", "nodes", "moves", "goodbyes", "confirmed"))
+    # What was confirmed stays: a VM may still wait for the proof, and a boot id never comes back.
+    deletes = tuple(f"{kind}/{node}" for kind in ("members", "nodes", "moves", "goodbyes"))
     return Change(tuple(guards), deletes=deletes, text=f"{node} removed")
 
 
@@ -269,28 +270,41 @@ def _clear_quarantine(desk: Desk, command: c.ClearQuarantine) -> Change:
 
 
 def _confirm_dead(desk: Desk, command: c.ConfirmDead) -> Change:
+    """A node that was removed can be confirmed as well, as long as a VM waits for the proof."""
     node, view = command.node, desk.view
-    _member(desk, node)
     if in_contact(desk, node):
         raise Refused(f"{node} is alive: this node is in contact with it")
-    presence, boots = view.presence(node), set()
-    for vm in view.vms():
-        run = view.current_run(vm)
-        if run is not None and run.node == node and run.state not in FINAL_RUN_STATES:
-            boots.add(run.boot_id)
-        taken = view.assignment(vm)
-        if taken is not None and taken.last_node == node and presence is None:
-            boots.add(taken.last_boot)  # given to another, whose diskd waits for this proof
-    if presence is not None:
-        boots.add(presence.boot_id)
+    presence, boots = view.presence(node), _unproven_boots(desk, node)
     if not boots:
+        _member(desk, node)
         raise Refused(f"nothing is known to run on {node}")
-    if len(boots) > 1:
+    if presence is not None and boots != [presence.boot_id]:
         raise Refused(f"{node} is back under another boot id: that proves the death of its former runs")
     peer = desk.contacts.peers.get(node)
     key = f"confirmed/{node}"
-    record = records.ConfirmedDead(boots.pop(), peer.counter[0] if peer else 0)
+    known = view.record(key, records.ConfirmedDead)
+    before = [boot for boot in known.boots() if boot not in boots] if known else []
+    also = (*boots[1:], *before[: records.CONFIRMED_BOOTS_MAX])
+    record = records.ConfirmedDead(boots[0], peer.counter[0] if peer else 0, also)
     return Change((key,), ((key, record),), text=f"{node} is confirmed dead: its windows end now")
+
+
+def _unproven_boots(desk: Desk, node: str) -> list[str]:
+    """The boots of a node whose end would let something go on. Under how many it ran does not matter: the
+    word that it is dead is about all of them. A VM that lives elsewhere waits for none, whatever its
+    assignment remembers of where it was before."""
+    view, boots = desk.view, set()
+    presence = view.presence(node)
+    for vm in view.vms():
+        run, taken = view.current_run(vm), view.assignment(vm)
+        if run is not None and run.node == node and run.state not in FINAL_RUN_STATES:
+            boots.add(run.boot_id)
+        is_unstarted = run is None or run.state in UNSTARTED_RUN_STATES
+        if is_unstarted and taken is not None and taken.last_node == node and presence is None:
+            boots.add(taken.last_boot)  # given to another, whose diskd waits for this proof
+    if presence is not None:
+        boots.add(presence.boot_id)
+    return sorted(boots)
 
 
 BUILDERS: Final[dict[type, Callable[[Desk, Any], Change]]] = {

@@ -27,11 +27,11 @@ STOP_PATIENCE_NS: Final = 60 * SECOND  # then SIGKILL is asked for, and again af
 def dead_boots(view: StoreView, vm: str) -> tuple[str, ...]:
     """Boots of hosts that are known to be over: confirmed by an operator, or the host is back under another.
     Of a host that is merely silent nothing is known, and its diskd may be writing (S2)."""
-    found = set()
+    found: set[str] = set()
     for node in view.named("confirmed"):
         confirmed = view.record(f"confirmed/{node}", ConfirmedDead)
         if confirmed is not None:
-            found.add(confirmed.boot_id)
+            found.update(confirmed.boots())
     assignment = view.assignment(vm)
     if assignment is not None and assignment.last_boot:
         presence = view.presence(assignment.last_node)

@@ -9,7 +9,7 @@ Keys lie under ``/holdfast/CLUSTER/``. Values are JSON objects, so that ``etcdct
 | ``members/NODE``    | Member       | operator (the node itself adds it once)              |
 | ``presence/NODE``   | Presence     | the node, under its session's lease                  |
 | ``goodbyes/NODE``   | Goodbye      | the node; removed by it when it is back              |
-| ``confirmed/NODE``  | ConfirmedDead| operator                                             |
+| ``confirmed/NODE``  | ConfirmedDead| operator; the node itself takes its own boot out     |
 | ``leader``          | Leader       | the leader, under its session's lease                |
 | ``epoch``           | EpochCounter | the leader                                           |
 | ``nodes/NODE``      | NodeRecord   | the leader (operator: clear-quarantine)              |
@@ -37,6 +37,7 @@ from daemonkit.schema import SchemaError, structure, unstructure
 
 RECORD_BYTES_MAX: Final = 256 << 10
 EXITS_MAX: Final = 100
+CONFIRMED_BOOTS_MAX: Final = 8  # of one node, beyond those that a VM waits for
 
 
 def prefix(cluster: str) -> str:
@@ -94,10 +95,17 @@ class Goodbye:
 
 @attrs.frozen
 class ConfirmedDead:
-    """Everything the node ran under this boot id, or under an earlier incarnation, has ended."""
+    """Everything the node ran under this boot id, or under one of ``also``, has ended. ``incarnation``: the
+    newest that was known then. It outlives the node's membership: a boot id never comes back, and a VM may
+    still wait for the proof. Records of before ``also`` read as having none."""
 
     boot_id: str
     incarnation: int
+    also: tuple[str, ...] = ()
+
+    def boots(self) -> tuple[str, ...]:
+        """All boots of which this is the proof."""
+        return (self.boot_id, *self.also)
 
 
 @attrs.frozen
