@@ -1,5 +1,7 @@
 """A backup goes on by itself after a cut link or a stopped target; nothing durable is sent twice."""
 
+from functools import partial
+
 import attrs
 import pytest
 import trio
@@ -9,7 +11,8 @@ from diskd_target import RaisesLeaf, start_deaf_proxy, start_target, stream_of
 
 from daemonkit.diskd_api import BackupDisk, BackupRequest
 from daemonkit.frames import FrameReader
-from daemonkit.rpc import connect
+from daemonkit.ports import Address
+from daemonkit.rpc import Registry, connect, serve
 from daemonkit.units import SECOND
 from diskd.core import target_calls as calls
 from diskd.core.patience import PAUSE_NS_MAX, PAUSE_NS_MIN, Patience
@@ -30,7 +33,9 @@ from diskd.core.stream import (
 from diskd.errors import Refused
 from diskd.shell.backup import run_backup
 from diskd.shell.export import Producer, TargetLost, prepare_blocking
+from diskd.shell.receiving import send_reply
 from diskd.shell.repository import open_repository
+from diskd.shell.target import RECEIVING_MAX, Target
 
 MiB = 1 << 20
 DISKS = [BackupDisk("system", "system"), BackupDisk("journal", "journal")]
@@ -182,6 +187,77 @@ async def test_another_target_does_not_go_on_with_it(tmp_path, library, nursery)
         with RaisesLeaf(Refused, "another target"):
             await backup(library, target, mode="resume")
         assert library.ended[-1] == (frozen.point, "suspend")
+
+
+async def start_refusing_target(nursery, reply):
+    """It knows the repository of the real one, and gives every export the same answer."""
+    registry = Registry()
+
+    async def offered(_request, _call):
+        return calls.OfferedPoints("r" * 32, 0, [], {})
+
+    async def listed(_request, _call):
+        return calls.ListReport([])
+
+    async def refuse(_options, _peer, stream):
+        await send_reply(stream, reply)
+        while await stream.receive_some(65536):
+            pass
+
+    registry.add(calls.POINTS_OFFERED, offered)
+    registry.add(calls.LIST, listed)
+    registry.add_stream(calls.EXPORT, refuse)
+    return await nursery.start(partial(serve, registry, Address("127.0.0.1", 0)))
+
+
+@pytest.mark.parametrize(
+    ("reply", "outcome"),
+    [
+        (RefusedReply("all slots are taken", busy=True), "suspend"),
+        (RefusedReply("sent by another plan"), "pending"),
+        (Committed("rp-" + "0" * 15 + "1", "0" * 64), "discard"),
+    ],
+    ids=["busy", "refused", "something-else"],
+)
+@pytest.mark.parametrize("retry_for", [0, 60])
+async def test_a_resume_that_is_refused_at_once_discards_nothing(library, nursery, reply, outcome, retry_for):
+    """The process that sent it may have got as far as the trailer: this one cannot know."""
+    address = await start_refusing_target(nursery, reply)
+    frozen = await library.begin_checkpoint("web", DISKS, "", target="r" * 32)
+    await frozen.suspend()
+    with RaisesLeaf(Exception):
+        await backup(library, address, mode="resume", retry_for=retry_for)
+    assert library.ended[1:] == [(frozen.point, outcome)]
+
+
+async def test_a_busy_target_is_tried_again_once_the_backup_has_begun(tmp_path, library, nursery):
+    """Whoever took the slot meanwhile gives it back."""
+    root = tmp_path / "repository"
+    root.mkdir()
+    with open_repository(root) as repository:
+        target, registry = Target(repository), Registry()
+        target.register(registry)
+        address = await nursery.start(partial(serve, registry, Address("127.0.0.1", 0)))
+        proxy, reasons = CuttingProxy(address, [8 * MiB]), []
+
+        async def report(progress):
+            await trio.lowlevel.checkpoint()
+            if progress["step"] == "interrupted":
+                reasons.append(progress["reason"])
+                if len(reasons) == 1:
+                    while target._receiving:  # noqa: ASYNC110 - what is waited for tells nobody
+                        await trio.sleep(0.01)
+                    for _ in range(RECEIVING_MAX):
+                        target._slots.acquire_nowait()
+                elif len(reasons) == 2:
+                    for _ in range(RECEIVING_MAX):
+                        target._slots.release()
+
+        done = await backup(library, await proxy.serve(nursery), report=report)
+        assert len(reasons) == 2
+        assert "busy" in reasons[1]
+        assert library.ended == [(done.point, "keep")]
+        nursery.cancel_scope.cancel()
 
 
 async def test_without_patience_a_cut_link_is_the_end(tmp_path, library, nursery):

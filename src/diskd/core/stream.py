@@ -380,9 +380,11 @@ class Committed:
 
 @attrs.frozen
 class RefusedReply:
-    """The receiver keeps nothing of this stream, and says why in one line."""
+    """The receiver keeps nothing of this stream, and says why in one line. ``busy``: it has not even looked
+    at it; what it has of earlier connections stands, and the same may be sent later."""
 
     reason: str
+    busy: bool = False
 
 
 Reply: TypeAlias = Ready | Have | Ack | Working | Committed | RefusedReply

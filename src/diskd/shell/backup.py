@@ -37,7 +37,14 @@ from diskd.core.patience import Patience
 from diskd.core.ports import FrozenVm
 from diskd.core.stream import abort, is_point
 from diskd.errors import Refused
-from diskd.shell.export import ExportSession, Prepared, TargetLost, prepare_blocking, source_disks
+from diskd.shell.export import (
+    CommittedOther,
+    ExportSession,
+    Prepared,
+    TargetLost,
+    prepare_blocking,
+    source_disks,
+)
 
 CONTACT_SECONDS_MAX: Final = 10.0
 # Making a point durable takes two syncs of a disk; longer than this means that the disk is gone.
@@ -240,6 +247,12 @@ def _lost_of(error: BaseException) -> OperatorError | None:
     return error if isinstance(error, TargetLost | CallFailed) else None
 
 
+def _is_something_else(error: BaseException) -> bool:
+    if isinstance(error, BaseExceptionGroup):
+        return error.subgroup(CommittedOther) is not None
+    return isinstance(error, CommittedOther)
+
+
 def _is_cancelled(error: BaseException) -> bool:
     if isinstance(error, BaseExceptionGroup):
         return all(_is_cancelled(inner) for inner in error.exceptions)
@@ -295,7 +308,7 @@ class _Backup:
                 return
             except (OperatorError, BaseExceptionGroup) as error:
                 session, lost = self.session, _lost_of(error)
-                if session is None or lost is None or not (session.has_begun or self.moved.attempts):
+                if session is None or lost is None or not self.has_been_ready:
                     raise
                 pause = patience.lost(round(trio.current_time() * SECOND), session.durable)
                 if pause is None:
@@ -312,15 +325,19 @@ class _Backup:
         session = self.session
         was_lost = _lost_of(error) is not None or (_is_cancelled(error) and not self.request.epoch)
         resuming = self.request.mode == "resume"
-        if (
-            was_lost
-            and self.request.retry_for_ns
-            and (resuming or (session is not None and session.has_begun))
-        ):
+        if was_lost and self.request.retry_for_ns and (resuming or self.has_been_ready):
             return "suspend"
-        if resuming and session is None:
-            return "suspend"
+        if resuming and not self.has_been_ready:
+            # Another process has sent it, as far as the trailer for all that is known here.
+            if session is None or _lost_of(error) is not None:
+                return "suspend"
+            return "discard" if _is_something_else(error) else "pending"
         return "pending" if session is not None and session.may_have_committed else "discard"
+
+    @property
+    def has_been_ready(self) -> bool:
+        """The target has taken this export, so that the point was not committed then."""
+        return self.moved.attempts > 0 or (self.session is not None and self.session.has_begun)
 
     async def _attempt(self) -> None:
         async with connect(self.target, key=self.key) as client:

@@ -55,6 +55,14 @@ class TargetLost(OperatorError):
     """The connection ended without an answer."""
 
 
+class TargetBusy(TargetLost):
+    """It takes nothing more now, and has not looked at what this export is of: as good as lost."""
+
+
+class CommittedOther(StreamError):
+    """The target has the point, but with other content than was frozen here."""
+
+
 @attrs.frozen(eq=False)
 class Prepared:
     """What is about to be sent."""
@@ -180,7 +188,8 @@ class ReplyReader:
         self._reader = FrameReader(frame_bytes_max=REPLY_BYTES_MAX)
 
     async def next(self) -> Reply:
-        """Raises TargetLost at the end, Refused where the receiver refuses, StreamError for nonsense."""
+        """Raises TargetLost at the end or where it is busy, Refused where the receiver refuses, StreamError
+        for nonsense."""
         while (payload := self._reader.next_frame()) is None:
             try:
                 with trio.fail_after(SILENCE_SECONDS_MAX):
@@ -194,7 +203,8 @@ class ReplyReader:
             self._reader.feed(data)
         reply = decode_reply(payload)
         if isinstance(reply, RefusedReply):
-            raise Refused(f"the target refused: {' '.join(reply.reason.split())}")
+            kind = TargetBusy if reply.busy else Refused
+            raise kind(f"the target refused: {' '.join(reply.reason.split())}")
         return reply
 
 
@@ -341,7 +351,7 @@ class ExportSession:
 
     def _check_committed(self, reply: Committed) -> Committed:
         if reply != Committed(self.prepared.header.point, self.summary().digest.hex()):
-            raise StreamError("the target committed something else than was sent")
+            raise CommittedOther("the target committed something else than was sent")
         return reply
 
 

@@ -113,6 +113,10 @@ class _Receiving:
     unwanted: bool = False
 
 
+class _Busy(Refused):
+    """All slots are taken."""
+
+
 def leaf_of(error: BaseException) -> BaseException:
     """The most telling leaf of a group."""
     if not isinstance(error, BaseExceptionGroup):
@@ -260,7 +264,7 @@ class Target:
         try:
             self._slots.acquire_nowait()
         except trio.WouldBlock:
-            raise Refused(
+            raise _Busy(
                 f"the target is busy with {RECEIVING_MAX} other backups; try again when one has ended"
             ) from None
         mine = _Receiving(point, trio.CancelScope(), trio.Event())
@@ -296,7 +300,7 @@ class Target:
                 return
             reason = "the source fell silent" if isinstance(leaf, trio.TooSlowError) else reason_of(leaf)
             log.warning("export.refused", peer=peer, reason=reason)
-            await self._say_last(stream, RefusedReply(reason))
+            await self._say_last(stream, RefusedReply(reason, busy=isinstance(leaf, _Busy)))
 
     async def _say_last(self, stream: trio.abc.Stream, reply: Reply) -> None:
         """Say it, then read on until the source has closed: an early close would destroy the message."""
