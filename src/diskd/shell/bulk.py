@@ -56,12 +56,13 @@ class BulkSocket:
         filled = 0
         self._socket.settimeout(_WAIT_SECONDS)
         while filled < len(buffer):
+            # Every time: from a peer that drips there is always something, and nobody could end it.
+            trio.from_thread.check_cancelled()
             try:
                 count = self._socket.recv_into(buffer[filled:])
             except TimeoutError:
                 if filled:
                     break
-                trio.from_thread.check_cancelled()
                 continue
             if count == 0:
                 break

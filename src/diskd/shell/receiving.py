@@ -100,7 +100,7 @@ async def receive_frames(
     idle_seconds_max: float,
 ) -> Trailer:
     """Receive and write side by side. ``write`` runs in a worker thread, ``acknowledge`` follows each call of
-    it. Raises SourceLost for a source that says nothing for so long, or goes."""
+    it. Raises SourceLost for a source whose next frame takes longer than so long, or that goes."""
     free_send, free = trio.open_memory_channel[bytearray](BUFFERS)
     for _ in range(BUFFERS):
         free_send.send_nowait(bytearray(BUFFER_BYTES))
