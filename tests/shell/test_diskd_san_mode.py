@@ -37,7 +37,8 @@ case "$1 $mode" in
     "create lies") echo "$where/nowhere" ;;
     "create talks") echo "creating"; echo "$where" ;;
     "delete stuck") echo "in use" >&2; exit 1 ;;
-    "delete dawdles") while [ ! -e "$(dirname "$0")/go" ]; do sleep 0.02; done; rm -rf "$where" ;;
+    "delete dawdles") touch "$(dirname "$0")/deleting"; while [ ! -e "$(dirname "$0")/go" ]; do sleep 0.02; done
+        rm -rf "$where" ;;
     create*) mkdir -p "$where" && cp -r "$3/images" "$where" && echo "$where" ;;
     delete*) rm -rf "$where" ;;
 esac
@@ -88,6 +89,12 @@ class Place:
         """Its provider may take as long as it likes."""
         file = self.root / "san.toml"
         file.write_text(file.read_text().replace("timeout_s = 2", "timeout_s = 600"))
+
+    async def until(self, name):
+        """Waits until the provider has got there."""
+        with trio.fail_after(30):
+            while not (self.directory / name).exists():  # noqa: ASYNC110 - another process tells
+                await trio.sleep(0.01)
 
     async def gone(self):
         """Waits until nothing is left of any snapshot."""
@@ -226,9 +233,7 @@ async def test_a_checkpoint_that_failed_before_the_snapshot_was_there_is_no_back
             place.mode("waits")
 
             async def guest():
-                with trio.fail_after(30):
-                    while not (place.directory / "began").exists():  # noqa: ASYNC110 - another process tells
-                        await trio.sleep(0.01)
+                await place.until("began")
                 await put(library, "a", 1 * MiB, b"too much for the AVHD" * 10_000)
                 (place.directory / "go").touch()
 
@@ -370,3 +375,19 @@ async def test_a_file_system_without_reflinks_says_so(tmp_path, nursery):
                 await back_up(san, address)
             assert place.left() == []
             assert library.points("a") == []
+
+
+async def test_a_snapshot_that_two_release_at_once_is_released_once(tmp_path):
+    with place_on("command", tmp_path) as place:
+        async with place.serving() as (library, san):
+            call = Call("test", nothing)
+            made = await _begin(san)(calls.SanBegin("fast", "web", DISKS, "", None), call)
+            place.patient()
+            place.mode("dawdles")
+            async with trio.open_nursery() as both:
+                both.start_soon(_end(san), calls.SanEnd(made.point, "keep"), call)
+                both.start_soon(san.release, made.point, "keep")
+                await place.until("deleting")
+                (place.directory / "go").touch()
+            assert place.left() == []
+            assert [point.valid for point in library.points("a")] == [True]

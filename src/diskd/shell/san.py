@@ -60,6 +60,8 @@ class San:
         self._directory = self._root / "san" / library.daemon_name
         self._files: Files | None = None
         self.records: dict[str, Record] = {}
+        # One at a time releases a snapshot: its reader, a retry, and whoever ends it by hand may all try.
+        self._turns: dict[str, trio.Lock] = {}
 
     async def recover(self) -> None:
         """Take up what an earlier run left: called once, when the library is open. Points are settled here,
@@ -135,14 +137,17 @@ class San:
     async def release(self, point: str, outcome: Outcome) -> None:
         """Settle its point (unless ``pending``), then delete the snapshot. Raises Refused where the provider
         fails: then the point is settled, and the deletion is tried again later."""
-        record = self.records.get(point)
-        if record is None:
+        if point not in self.records:
             raise Refused(f"there is no snapshot of point {point}")
-        record = await self._settle(record, outcome)
-        await self._provider(record.provider).delete(record.snapshot)
-        with contextlib.suppress(FileNotFoundError):
-            self.mapping_path(point).unlink()
-        await self._advance(record, "deleted")
+        async with self._turns.setdefault(point, trio.Lock()):
+            record = self.records.get(point)
+            if record is None:  # whoever was first has done all of it
+                return
+            record = await self._settle(record, outcome)
+            await self._provider(record.provider).delete(record.snapshot)
+            with contextlib.suppress(FileNotFoundError):
+                self.mapping_path(point).unlink()
+            await self._advance(record, "deleted")
         log.info("san.released", vm=record.vm, point=point, outcome=record.outcome)
 
     async def _settle(self, record: Record, outcome: Outcome) -> Record:
@@ -191,7 +196,8 @@ class San:
         with trio.CancelScope(shield=True):  # one small file: a half-told change is worse than the wait
             await self._files.run(san.persist(record))
         if record.state == "gone":
-            del self.records[record.point]
+            self.records.pop(record.point, None)
+            self._turns.pop(record.point, None)
         else:
             self.records[record.point] = record
 
