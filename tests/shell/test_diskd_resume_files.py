@@ -206,6 +206,22 @@ async def test_a_target_sweeps_what_nobody_comes_back_for(streams, tmp_path):
         assert [listed.point for listed in repository.listing("web")] == [streams[0][1][0].point]
 
 
+async def test_a_sweep_that_cannot_read_is_not_the_end(streams, tmp_path):
+    """The next one may; meanwhile the target serves."""
+    root, away = tmp_path / "root", tmp_path / "away"
+    root.mkdir()
+    left = await trio.to_thread.run_sync(interrupted, root, streams)
+    late = (left / PROGRESS).stat().st_mtime + UNFINISHED_SECONDS_MAX + 1
+    with open_repository(root) as repository:
+        target = Target(repository)
+        root.rename(away)
+        await target.sweep_once(late)
+        away.rename(root)
+        assert left.exists()
+        await target.sweep_once(late)
+        assert not left.exists()
+
+
 @pytest.mark.parametrize("name", ["export.index", PROGRESS, "system.qcow2"])
 def test_damage_is_found_and_begins_anew(name, streams, whole, tmp_path):
     left = interrupted(tmp_path, streams)

@@ -171,15 +171,24 @@ class Target:
             await self.sweep_once(time.time())
 
     async def sweep_once(self, now: float) -> None:
-        """The same, now: of all VMs that nobody is writing."""
-        for vm in await self._thread(self._repository.vms):
+        """The same, now: of all VMs that nobody is writing. What cannot be read is left to the next one."""
+        try:
+            vms = await self._thread(self._repository.vms)
+        except OSError as error:
+            log.warning("repository.not_swept", reason=reason_of(error))
+            return
+        for vm in vms:
             if vm in self._receiving:
                 continue
             # As whoever writes: an export that begins meanwhile waits, and is not taken for a leftover.
-            with contextlib.suppress(Refused, OSError):
+            try:
                 async with self._turn(vm, "sweep"):
                     for path in await self._thread(self._repository.clean_up, now, vm):
                         log.info("repository.cleaned_up", path=path)
+            except Refused:
+                continue
+            except OSError as error:
+                log.warning("repository.not_swept", vm=vm, reason=reason_of(error))
 
     # --- calls -------------------------------------------------------------------------------------
 
