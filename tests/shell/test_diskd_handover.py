@@ -1,6 +1,7 @@
 """An image is handed over while something of it is under way: it is this daemon's or the next one's, never
 nobody's, and what the next one has is not written to any more."""
 
+import errno
 import os
 import time
 from pathlib import Path
@@ -12,7 +13,9 @@ from diskd_libraries import Hosts, hosts
 from diskd_library import disks, get, opened, put, until
 
 from daemonkit.units import MiB
-from diskd.core.steps import Script
+from diskd.core import lease
+from diskd.core.ownership import Lost
+from diskd.core.steps import Create, Read, Remove, Replace, Script, Size, Step, Sync, Write
 from diskd.errors import Refused
 from diskd.shell.files import Files
 from diskd.shell.library import Library
@@ -71,6 +74,13 @@ async def with_avhd(library: Library):
     return frozen
 
 
+async def point_of(library: Library) -> str:
+    frozen = await library.begin_checkpoint("web", disks("web"), "")
+    await frozen.end("keep")
+    await until(lambda: library.checkpoints() == [])
+    return frozen.point
+
+
 async def test_a_handover_goes_on_when_nobody_waits_for_it(storage: Hosts):
     async with storage.serving("n1") as one, storage.serving("n2", "host2") as two:
         await leased(one)
@@ -127,3 +137,59 @@ async def test_a_merge_that_was_decided_on_before_a_handover_does_not_begin_afte
         assert not await one._checkpoints.merge_image(image, image.overlay)
         assert image.overlay.map.data_blocks == SIZE // 4096
         assert image.stuck is None
+
+
+async def test_a_point_whose_deletion_came_too_late_for_the_handover_is_not_deleted(storage: Hosts):
+    async with storage.serving("n1") as one, storage.serving("n2", "host2") as two:
+        await leased(one)
+        points = [await point_of(one) for _ in range(3)]
+        image = one.opened("web").image
+        async with trio.open_nursery() as nursery:
+
+            async def delete() -> None:
+                with pytest.raises(OSError, match="closed"):
+                    await image.delete_point(points[1])
+
+            async with image.catalogue_turn:
+                nursery.start_soon(one.hand_over, "web", 2, "n2/web")
+                await until(lambda: image.catalogue_turn.statistics().tasks_waiting == 1)
+                assert one.opened("web") is None and not image.files._is_closed
+                nursery.start_soon(delete)
+                await until(lambda: image.catalogue_turn.statistics().tasks_waiting == 2)
+        await two.open_image("web")
+        assert [info.point for info in two.points("web")] == points
+
+
+async def test_nothing_is_recorded_of_an_image_after_the_last_word(storage: Hosts):
+    async with storage.serving("n1") as one:
+        await leased(one)
+        point = await point_of(one)
+        found = one.opened("web")
+        directory = found.image.directory
+        await one.hand_over("web", 2, "n2/web")
+        before = {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
+        with pytest.raises(Lost, match="given it up"):
+            await found.change_lease(lease.acquire, 9, "n1/web")
+        with pytest.raises(Lost, match="given it up"):
+            await found.ownership.check()
+        with pytest.raises(OSError, match="closed"):
+            await found.image.validate_point(point)
+        with pytest.raises(OSError, match="closed"):
+            await found.image.delete_point(point)
+        assert {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()} == before
+        assert not found.files._descriptors and not found.image.files._descriptors
+
+
+def test_files_that_are_closed_stay_closed(tmp_path: Path):
+    files = Files(tmp_path)
+    files.run_blocking(_one_step(Create("a", b"1")))
+    files.close()
+    for step in (Read("a", 0, 1), Write("a", 0, b"2"), Sync("a"), Replace("a", b"2"), Remove("a"), Size("a")):
+        with pytest.raises(OSError, match="files are closed") as caught:
+            files.run_blocking(_one_step(step))
+        assert caught.value.errno == errno.ESHUTDOWN
+    assert not files._descriptors and (tmp_path / "a").read_bytes() == b"1"
+
+
+def _one_step(step: Step) -> Script[None]:
+    yield step

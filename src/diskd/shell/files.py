@@ -1,8 +1,9 @@
 """Runs scripts (diskd.core.steps) on the real files of one directory, a whole script in one thread hop.
 
-Descriptors stay open until ``close``. A failed Sync is final: the kernel reports it once and forgets, so
-from then on every step on that file fails with EIO until the files are opened anew. Syncs of one file take
-turns, so that of two at once not only one learns of a failure.
+Descriptors stay open until ``close``; every step after it fails with ESHUTDOWN: the files may be another
+daemon's by then, and a call that was late here must not write to them. A failed Sync is final: the kernel
+reports it once and forgets, so from then on every step on that file fails with EIO until the files are opened
+anew. Syncs of one file take turns, so that of two at once not only one learns of a failure.
 """
 
 import ctypes
@@ -117,6 +118,7 @@ class Files:
         self._descriptors: dict[str, int] = {}
         self._sync_locks: dict[str, threading.Lock] = {}
         self._failed: set[str] = set()
+        self._is_closed = False
         self._limiter = trio.CapacityLimiter(SCRIPT_THREADS_MAX)
 
     async def run(self, script: Script[T]) -> T:
@@ -158,18 +160,21 @@ class Files:
                 raise
 
     def close(self) -> None:
-        """Idempotent. No script may be running."""
+        """Idempotent. No step may be under way; a script that still runs fails at its next one."""
         with self._lock:
+            self._is_closed = True
             while self._descriptors:
                 os.close(self._descriptors.popitem()[1])
 
     def _check(self, name: str) -> None:
+        if self._is_closed:
+            raise OSError(errno.ESHUTDOWN, "the files are closed", str(self.directory / name))
         if name in self._failed:
             raise OSError(errno.EIO, "an earlier sync failed; reopen the image", str(self.directory / name))
 
     def _open(self, name: str, flags: int) -> int:
-        self._check(name)
         with self._lock:
+            self._check(name)
             descriptor = self._descriptors.get(name)
             if descriptor is None:
                 path = self.directory / name
@@ -187,6 +192,8 @@ class Files:
             os.close(descriptor)
 
     def _step(self, step: Step) -> Any:
+        if self._is_closed:
+            raise OSError(errno.ESHUTDOWN, "the files are closed")
         match step:
             case Write(name, offset, data):
                 return durable.write_all(self._open(name, os.O_RDWR), data, offset)

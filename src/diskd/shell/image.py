@@ -159,7 +159,10 @@ class Image:
             finally:
                 with trio.move_on_after(_CLOSE_SECONDS_MAX, shield=True):
                     await self.layer.close()
-                self.abandon()
+                with trio.move_on_after(_CLOSE_SECONDS_MAX, shield=True) as scope:
+                    await self.abandon_in_turn(self.abandon)
+            if scope.cancelled_caught:
+                raise OSError(errno.ETIMEDOUT, "a change of the image's files does not end")
 
     async def _close_cleanly(self) -> None:
         await self._cut.cancel()
@@ -183,6 +186,16 @@ class Image:
             await self.perform(mrt.write_header(self.identity, header, now_ns()))
             self.tracker.header = header
         self.shared.remove(nonce)
+
+    async def abandon_in_turn(self, abandon: Callable[[], None]) -> None:
+        """Call ``abandon`` when no change of the image's files is under way. Those that waited for their turn
+        find the files closed: from here on they may be another daemon's."""
+        async with contextlib.AsyncExitStack() as stack:
+            try:
+                for turn in (self.flush_turn, self.catalogue_turn, self.commit_turn):
+                    await stack.enter_async_context(turn)
+            finally:
+                abandon()
 
     def abandon(self) -> None:
         """Let go of files and memory as a killed daemon does: nothing is recorded."""

@@ -24,6 +24,8 @@ from diskd.shell.image import Image, ImageSettings, Writer
 from diskd.shell.overlay import OverlayLayer
 from diskd.shell.owning import Claimant, Order, Ownership
 
+# What is under way as an image is found lost is waited for, unless storage hangs.
+_ABANDON_SECONDS: Final = 60.0
 CONNECTIONS_MAX: Final = 256  # per image; a guest has one, a parallel copy tool some dozens
 
 
@@ -80,8 +82,10 @@ class OpenImage:
                 try:
                     with contextlib.suppress(OSError):  # of storage that does not answer closing tells more
                         await self.ownership.check()
-                except Lost:
-                    self.abandon()
+                except Lost as error:
+                    self.image.fail(f"the image is not served here any more: {error}")
+                    with trio.move_on_after(_ABANDON_SECONDS, shield=True):
+                        await self.image.abandon_in_turn(self.abandon)
                     raise
                 is_clean = self.image.failure is None
                 await self.image.close()

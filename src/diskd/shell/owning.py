@@ -116,6 +116,7 @@ class Ownership:
         self.owner = owner
         self._limiter = trio.CapacityLimiter(1)
         self._turn = trio.Lock()  # one change of the record at a time, so that ours is never a stranger's
+        self._is_leaving = False
 
     @classmethod
     async def claim(cls, files: Files, claimant: Claimant, order: Order) -> "Ownership":
@@ -160,6 +161,7 @@ class Ownership:
     ) -> LeaseState:
         """Durable, and this daemon still the owner when it was. Raises Refused, Lost, OSError."""
         async with self._turn:
+            self._require_staying()
             script = lease.change_owned(self.owner, state, decision, epoch, holder)
             self.owner, new = await self._files.run(script)
             return new
@@ -167,6 +169,7 @@ class Ownership:
     async def check(self) -> None:
         """Raises Lost where the lock or the record is gone or somebody else's; OSError tells nothing."""
         async with self._turn:
+            self._require_staying()
             # A thread of its own: on storage that hangs, nobody else's wait for these.
             self.owner = await trio.to_thread.run_sync(self._check, limiter=self._limiter)
 
@@ -181,7 +184,13 @@ class Ownership:
     async def leave(self, state: State) -> None:
         """The last thing of a clean end. Raises Lost, OSError."""
         async with self._turn:
+            self._is_leaving = True
             self.owner = await self._files.run(ownership.leave(self.owner, state))
+
+    def _require_staying(self) -> None:
+        """What was written after the last word would be written into another daemon's record."""
+        if self._is_leaving:
+            raise Lost("this daemon has given it up")
 
     async def undo(self) -> None:
         """It was claimed and could not be opened: as before, as far as others are concerned."""
