@@ -35,9 +35,11 @@ case "$1 $mode" in
         mkdir -p "$where" && cp -r "$3/images" "$where" && echo "$where" ;;
     "create fails") mkdir -p "$where"; echo "the array is on fire" >&2; exit 3 ;;
     "create lies") echo "$where/nowhere" ;;
+    "create forks") (echo lives; exec tail -f /dev/null) >"$(dirname "$0")/alive" & wait ;;
     "create talks") echo "creating"; echo "$where" ;;
     "delete stuck") echo "in use" >&2; exit 1 ;;
-    "delete dawdles") touch "$(dirname "$0")/deleting"; while [ ! -e "$(dirname "$0")/go" ]; do sleep 0.02; done
+    "delete dawdles") touch "$(dirname "$0")/deleting"
+        while [ ! -e "$(dirname "$0")/go" ]; do sleep 0.02; done
         rm -rf "$where" ;;
     create*) mkdir -p "$where" && cp -r "$3/images" "$where" && echo "$where" ;;
     delete*) rm -rf "$where" ;;
@@ -391,3 +393,38 @@ async def test_a_snapshot_that_two_release_at_once_is_released_once(tmp_path):
                 (place.directory / "go").touch()
             assert place.left() == []
             assert [point.valid for point in library.points("a")] == [True]
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+async def test_what_a_provider_started_goes_with_it(tmp_path, cancelled):
+    """A copy that goes on after its time makes a snapshot that nobody deletes."""
+    with place_on("command", tmp_path) as place:
+        os.mkfifo(place.directory / "alive")
+        pipe = os.open(place.directory / "alive", os.O_RDONLY | os.O_NONBLOCK)
+
+        def heard():
+            try:
+                return os.read(pipe, 100)
+            except BlockingIOError:
+                return None
+
+        async with place.serving() as (_, san):
+            place.mode("forks")
+            with trio.move_on_after(30) as scope:
+                async with trio.open_nursery() as inner:
+                    if cancelled:
+                        place.patient()
+
+                        async def cancel():
+                            while not heard():  # noqa: ASYNC110 - another process tells
+                                await trio.sleep(0.01)
+                            scope.cancel()
+
+                        inner.start_soon(cancel)
+                    with pytest.raises(Refused, match="took longer than 2 s"):
+                        await SanSource(san, "fast").begin_checkpoint("web", DISKS, "", target="1" * 32)
+            assert scope.cancelled_caught == cancelled
+            with trio.fail_after(30):
+                while heard() != b"":  # noqa: ASYNC110 - the end, when no other process has it open for writing
+                    await trio.sleep(0.01)
+        os.close(pipe)

@@ -5,10 +5,12 @@ daemon may be root. Commands run without a shell, with a time limit, and nothing
 arguments but the snapshot's name, which is made here.
 """
 
+import contextlib
 import errno
 import fcntl
 import os
 import shutil
+import signal
 import stat
 import subprocess
 from collections.abc import Sequence
@@ -34,6 +36,9 @@ from diskd.errors import Refused
 # linux/fs.h: _IOW(0x94, 9, int).
 _FICLONE: Final = 0x40049409
 _SAID_MAX: Final = 300
+# Of each of stdout and stderr; a path has at most 4,096 bytes, so what is longer is refused as no path.
+_HEARD_BYTES_MAX: Final = 64 << 10
+_KILL_SECONDS: Final = 5.0
 
 
 def read_providers(root: Path) -> dict[str, Provider]:
@@ -103,23 +108,58 @@ class Snapshots:
             raise self._failed(f"{error.filename or where}: {error.strerror}", "delete") from error
 
     async def _run(self, argv: list[str], verb: str) -> str:
+        """What it said on stdout. It is not left running, nor what it started: a copy that went on after its
+        time would make a snapshot that nobody deletes."""
         seconds = self._provider.timeout_ns / SECOND
         try:
-            with trio.fail_after(seconds):
-                done = await trio.run_process(
-                    argv, stdin=subprocess.DEVNULL, capture_stdout=True, capture_stderr=True, check=False
-                )
-        except trio.TooSlowError:
-            raise self._failed(f"{argv[0]} took longer than {seconds:g} s", verb) from None
+            process = await trio.lowlevel.open_process(
+                argv,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                start_new_session=True,
+            )
         except OSError as error:
             raise self._failed(f"{argv[0]}: {error.strerror}", verb) from error
-        if done.returncode != 0:
-            said = " ".join((done.stderr or done.stdout).decode(errors="replace").split())[:_SAID_MAX]
-            raise self._failed(f"{argv[0]} ended with {done.returncode}: {said or 'no word'}", verb)
-        return done.stdout.decode(errors="replace")
+        answer, complaint, ended = bytearray(), bytearray(), False
+        try:
+            with trio.move_on_after(seconds):
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(_listen, process.stdout, answer)
+                    nursery.start_soon(_listen, process.stderr, complaint)
+                    await process.wait()
+                ended = True
+        finally:
+            with trio.move_on_after(_KILL_SECONDS, shield=True):
+                await _close(process, kill=not ended)
+        if not ended:
+            raise self._failed(f"{argv[0]} took longer than {seconds:g} s and was killed", verb)
+        if process.returncode != 0:
+            said = " ".join((complaint or answer).decode(errors="replace").split())[:_SAID_MAX]
+            raise self._failed(f"{argv[0]} ended with {process.returncode}: {said or 'no word'}", verb)
+        return answer.decode(errors="replace")
 
     def _failed(self, reason: str, verb: str) -> Refused:
         return Refused(f"SAN provider {self._name} failed to {verb} the snapshot: {reason}")
+
+
+async def _listen(stream: trio.abc.ReceiveStream | None, said: bytearray) -> None:
+    """Keep the beginning, and let it say the rest."""
+    assert stream is not None
+    async for part in stream:
+        said += part[: max(0, _HEARD_BYTES_MAX - len(said))]
+
+
+async def _close(process: trio.Process, *, kill: bool) -> None:
+    """Let go of a command, having killed its whole group where it has not ended."""
+    if kill:
+        # A command that became another user may not be killed: then its time limit is its own affair.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+        await process.wait()
+    for stream in (process.stdout, process.stderr):
+        if stream is not None:
+            await stream.aclose()
 
 
 def _clone_file(source: Path, new: Path) -> None:
