@@ -326,3 +326,10 @@ def test_the_state_survives_and_damage_is_refused() -> None:
 def test_vms_that_cannot_run_are_refused(changes: dict[str, object], reason: str) -> None:
     with pytest.raises(Refused, match=reason):
         check_vm(attrs.evolve(DISKED, **changes))
+
+
+def test_a_run_that_was_stopped_while_it_was_held_has_brought_no_disks() -> None:
+    assert not any(run(state).has_disks() for state in ("fencing", "held", "stopped", "failed"))
+    assert not run("held", leased=1).has_disks()
+    assert run("stopped", leased=1).has_disks()
+    assert all(run(state).has_disks() for state in ("starting", "online", "stalled", "stopping"))

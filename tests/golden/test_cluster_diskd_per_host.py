@@ -194,3 +194,18 @@ def test_a_host_that_lives_takes_back_the_word_about_this_boot_only() -> None:
         confirmed, boot_id="n1-boot-1", also=()
     )
     assert dead_boots(core.desk.view, "web") == ("n1-boot-1",)
+
+
+def test_a_vm_that_was_stopped_while_it_was_held_still_waits_for_its_host() -> None:
+    story = per_host()
+    story.command(c.AddVm(vm()))
+    story.online(on="n1")
+    story.do("kill n1")
+    story.until(lambda s: held(s) is not None, 30)
+    story.command(c.StopVm("web"))
+    story.until(lambda s: s["vms"]["web"]["state"] == "offline")
+    story.command(c.StartVm("web"))
+    story.until(lambda s: held(s) is not None, 30)
+    story.world.run_for(30 * SECOND)
+    story.command(c.ConfirmDead("n1"))
+    assert story.online()["owner"] in ("n2", "n3")

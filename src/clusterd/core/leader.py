@@ -17,7 +17,7 @@ from clusterd.core.nodes import NodeRecords
 from clusterd.core.placement import Choice, Room, place
 from clusterd.core.records import Assignment, EpochCounter, HeldItem, HeldList, MovedAway, VmRequest
 from clusterd.core.store_session import StoreSession
-from clusterd.core.types import UNSTARTED_RUN_STATES, Admission, EventName, VmConfig
+from clusterd.core.types import Admission, EventName, VmConfig
 from daemonkit.units import MINUTE
 
 STARTS_AT_ONCE: Final = 4
@@ -232,7 +232,7 @@ class Leader:
             seen = max(seen, run.seen_epoch)
         is_taken = old is not None and old.owner != choice.node
         last_node, last_boot = (old.last_node, old.last_boot) if old is not None else ("", "")
-        if run is not None and run.state not in UNSTARTED_RUN_STATES:
+        if run is not None and run.has_disks():
             last_node, last_boot = run.node, run.boot_id
         new = Assignment(
             choice.node,

@@ -299,8 +299,8 @@ def _unproven_boots(desk: Desk, node: str) -> list[str]:
         run, taken = view.current_run(vm), view.assignment(vm)
         if run is not None and run.node == node and run.state not in FINAL_RUN_STATES:
             boots.add(run.boot_id)
-        is_unstarted = run is None or run.state in UNSTARTED_RUN_STATES
-        if is_unstarted and taken is not None and taken.last_node == node and presence is None:
+        is_awaited = run is None or not run.has_disks()
+        if is_awaited and taken is not None and taken.last_node == node and presence is None:
             boots.add(taken.last_boot)  # given to another, whose diskd waits for this proof
     if presence is not None:
         boots.add(presence.boot_id)

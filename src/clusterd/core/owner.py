@@ -246,7 +246,7 @@ class Owner:
         if record is not None and record.state not in UNSTARTED_RUN_STATES:
             # It was live by our own record, and no intent of it is left: its process is certainly gone.
             run.phase, run.final, run.counts = Phase.ENDED, "failed", record.boot_id == run.boot_id
-            run.reason = "the run ended while clusterd was away"
+            run.reason, run.leased = "the run ended while clusterd was away", record.leased
         elif record is None and assignment.given_back:
             # S1: an epoch is one process. This one had ended before the VM was given back to us.
             run.phase, run.final, run.counts = Phase.ENDED, "failed", False

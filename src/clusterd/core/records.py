@@ -31,7 +31,7 @@ from typing import Any, Final, Literal, TypeVar
 
 import attrs
 
-from clusterd.core.types import Desired, RunState, VmConfig
+from clusterd.core.types import FINAL_RUN_STATES, UNSTARTED_RUN_STATES, Desired, RunState, VmConfig
 from clusterd.errors import StoreUnknown
 from daemonkit.schema import SchemaError, structure, unstructure
 
@@ -221,6 +221,13 @@ class Run:
     leased: int = 0
     seen_epoch: int = 0
     counts: bool = True
+
+    def has_disks(self) -> bool:
+        """Whether the VM's disks came to this run's host. If not, they are still where it ran before: one
+        that was stopped while it was held brought none."""
+        if self.state in FINAL_RUN_STATES:
+            return self.leased > 0
+        return self.state not in UNSTARTED_RUN_STATES
 
 
 KINDS: Final[dict[str, type]] = {
