@@ -11,7 +11,7 @@ from diskd_target import receive_all
 
 from daemonkit.durable import LockHeldError
 from daemonkit.errors import OperatorError
-from diskd.core.catalog import Manifest
+from diskd.core.catalog import MANIFEST, Manifest
 from diskd.core.stream import (
     DiskHeader,
     ExportHeader,
@@ -238,3 +238,46 @@ def test_the_root_is_locked_and_must_exist(tmp_path):
 def test_names_never_leave_the_root(tmp_path, name):
     with open_repository(tmp_path) as repository, pytest.raises(Refused, match="name"):
         repository.load(name)
+
+
+class FailingSync(RepositoryFiles):
+    """Syncing a VM's directory fails ``failures`` times, from the exchange on where ``waits``."""
+
+    def __init__(self, failures, *, waits):
+        self.failures, self.waits, self.did = failures, waits, []
+
+    def exchange(self, one, other):
+        super().exchange(one, other)
+        self.waits = False
+
+    def sync_directory(self, path):
+        if path.name == "web" and not self.waits and self.failures:
+            self.failures -= 1
+            raise OSError(errno.EIO, "Input/output error")
+        super().sync_directory(path)
+        self.did.append(("sync", path.name))
+
+    def remove_tree(self, path):
+        super().remove_tree(path)
+        self.did.append(("remove", path.name))
+
+
+@pytest.mark.parametrize("power_lost", [False, True])
+def test_an_exchange_that_may_not_last_takes_nothing(tmp_path, scene, power_lost):
+    """The old files stay: a power loss may bring them back under the point's name."""
+    scene.fill(tmp_path)
+    temporary = f".synthetic-{scene.names[1]}"
+    with open_repository(tmp_path, FailingSync(1, waits=True)) as repository:
+        with pytest.raises(OSError, match="Input/output"):
+            repository.synthesize("web", scene.names[1], poll)
+        assert repository.load("web").points[scene.names[1]].base is None
+        assert (tmp_path / "web" / temporary / MANIFEST).exists()
+    if power_lost:
+        RepositoryFiles().exchange(tmp_path / "web" / temporary, tmp_path / "web" / scene.names[1])
+    with pytest.raises(OSError, match="Input/output"), open_repository(tmp_path, FailingSync(1, waits=False)):
+        pass
+    assert (tmp_path / "web" / temporary / MANIFEST).exists()
+    files = FailingSync(0, waits=False)
+    with open_repository(tmp_path, files):
+        assert files.did == [("sync", "web"), ("remove", temporary)]
+    scene.check(tmp_path, 3)

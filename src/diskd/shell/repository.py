@@ -95,10 +95,14 @@ class Repository:
         for the log."""
         removed = []
         for vm in self.vms() if only is None else [only]:
-            for path in sorted((self.root / vm).iterdir()):
-                if path.name.startswith(TEMPORARY_PREFIXES) and not _may_go_on(path, now):
-                    self._files.remove_tree(path)
-                    removed.append(f"{vm}/{path.name}")
+            paths = sorted((self.root / vm).iterdir())
+            found = [p for p in paths if p.name.startswith(TEMPORARY_PREFIXES) and not _may_go_on(p, now)]
+            if found:
+                # What is left of an exchange of names goes only when a power loss cannot take that back.
+                self._files.sync_directory(self.root / vm)
+            for path in found:
+                self._files.remove_tree(path)
+                removed.append(f"{vm}/{path.name}")
         return removed
 
     def vms(self) -> list[str]:
@@ -257,7 +261,7 @@ class Repository:
     def synthesize(self, vm: str, point: str, poll: Poll) -> SynthesizeReport:
         """Make a point a full of its own. The new files are verified before they take the old ones' place.
 
-        Raises Refused, Damaged, OSError; then everything is as before.
+        Raises Refused, Damaged, OSError; then everything is as before, or both sets of files are there.
         """
         loaded = self.load(vm)
         if point not in loaded.points:
@@ -268,6 +272,7 @@ class Repository:
         directory = self._directory(vm)
         temporary = directory / f"{SYNTHETIC_PREFIX}{point}"
         if temporary.exists():
+            self._files.sync_directory(directory)
             self._files.remove_tree(temporary)
         with self.open(vm, point) as opened:
             header, frames = full_of(opened)
@@ -276,6 +281,7 @@ class Repository:
             incoming = Incoming(
                 self._files, directory, temporary, header, encoder.opening, [], share_into=sharing.into
             )
+            is_durable = True
             try:
                 for number, (disk, offset, data) in enumerate(frames):
                     poll()
@@ -290,10 +296,14 @@ class Repository:
                 )
                 with self._names:
                     self._files.exchange(temporary, directory / point)
+                    is_durable = False
                     self._files.sync_directory(directory)
+                    is_durable = True
             finally:
-                # Before the exchange this removes the unfinished full, after it the old files.
-                incoming.discard()
+                # Before the exchange this removes the unfinished full, after it the old files; but not where
+                # a power loss may bring those back: they stay until a clean-up has synced the directory.
+                if is_durable:
+                    incoming.discard()
         size = sum(disk.file.size for disk in new.disks)
         return SynthesizeReport(vm, point, manifest.base, size, sharing.bytes)
 
