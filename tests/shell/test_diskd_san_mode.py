@@ -428,3 +428,18 @@ async def test_what_a_provider_started_goes_with_it(tmp_path, cancelled):
                 while heard() != b"":  # noqa: ASYNC110 - the end, when no other process has it open for writing
                     await trio.sleep(0.01)
         os.close(pipe)
+
+
+async def test_a_deletion_that_is_tried_again_leaves_a_later_snapshot_its_reservation(tmp_path):
+    with place_on("command", tmp_path) as place:
+        async with place.serving() as (library, san):
+            call = Call("test", nothing)
+            place.mode("stuck")
+            old = await _begin(san)(calls.SanBegin("fast", "web", DISKS[:1], "", None), call)
+            with pytest.raises(Refused, match="failed to delete"):
+                await _end(san)(calls.SanEnd(old.point, "keep"), call)
+            await _begin(san)(calls.SanBegin("fast", "web", DISKS[:1], "", None), call)
+            await _begin(san)(calls.SanBegin("fast", "other", DISKS[1:], "", None), call)
+            assert sorted(library.reserved) == ["other", "web"]
+            with pytest.raises(Refused, match="read by a third party"):
+                await library.begin_checkpoint("web", DISKS[:1], "")

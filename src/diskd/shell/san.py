@@ -161,7 +161,8 @@ class San:
                 stands = info.state in ("sealed", "invalid")
                 if stands or (info.outcome == "pending" and record.outcome != "pending"):
                     await self.library.end_checkpoint(record.checkpoint, record.outcome)
-        self.library.reserved.pop(record.vm, None)
+        if self.library.reserved.get(record.vm) == _reservation(record):  # not that of a later snapshot
+            del self.library.reserved[record.vm]
         return record
 
     def mapping_path(self, point: str) -> Path:
@@ -184,10 +185,7 @@ class San:
         return Snapshots(name, san.choose_provider(read_providers(self._root), name), self._root)
 
     def _reserve(self, record: Record) -> None:
-        what = "is read by a third party" if record.held_by == "hand" else "is being backed up"
-        self.library.reserved[record.vm] = (
-            f"the snapshot of {record.vm} as of {record.point} {what} (diskctl san list tells more)"
-        )
+        self.library.reserved[record.vm] = _reservation(record)
 
     async def _persist(self, record: Record) -> None:
         if self._files is None:
@@ -225,6 +223,12 @@ class San:
         for record in list(self.records.values()):
             if record.state == "releasing":
                 await self.release_quietly(record.point, "discard")
+
+
+def _reservation(record: Record) -> str:
+    """What another backup of the VM is refused with; no two snapshots have the same."""
+    what = "is read by a third party" if record.held_by == "hand" else "is being backed up"
+    return f"the snapshot of {record.vm} as of {record.point} {what} (diskctl san list tells more)"
 
 
 def _open_raw(path: Path, image: str, size_bytes: int) -> "_SnapshotFile":
