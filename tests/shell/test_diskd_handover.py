@@ -18,6 +18,7 @@ from diskd.core.ownership import Lost
 from diskd.core.steps import Create, Read, Remove, Replace, Script, Size, Step, Sync, Write
 from diskd.errors import Refused
 from diskd.shell.files import Files
+from diskd.shell.held import Held
 from diskd.shell.library import Library
 
 T = TypeVar("T")
@@ -58,6 +59,18 @@ class LateFiles(Files):
         self.done.set()
         await self.go.wait()
         return result
+
+
+class CancelsWhenRead(dict[str, Held]):
+    """The checkpoints of a library; the last look at them within an opening cancels it."""
+
+    def __init__(self, scope: trio.CancelScope) -> None:
+        super().__init__()
+        self._scope = scope
+
+    def values(self):
+        self._scope.cancel()
+        return super().values()
 
 
 async def leased(library: Library) -> None:
@@ -178,6 +191,20 @@ async def test_nothing_is_recorded_of_an_image_after_the_last_word(storage: Host
             await found.image.delete_point(point)
         assert {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()} == before
         assert not found.files._descriptors and not found.image.files._descriptors
+
+
+async def test_an_image_that_is_served_is_flushed_though_nobody_waits_for_its_opening(storage: Hosts):
+    async with storage.serving("n1") as one:
+        await leased(one)
+    async with storage.serving("n2", "host2") as two:
+        recovery = two._lives._recovery
+        with trio.CancelScope() as scope:
+            recovery._checkpoints.held = CancelsWhenRead(scope)
+            await two.open_image("web")
+        assert scope.cancel_called
+        assert two.opened("web") is not None
+        tasks = [task.name for task in two._lives._nursery.child_tasks]
+        assert any("Image.run" in name for name in tasks)
 
 
 def test_files_that_are_closed_stay_closed(tmp_path: Path):

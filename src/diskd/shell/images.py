@@ -252,8 +252,9 @@ class Images:
                 await image.close()
             raise
         self._broken.pop(name, None)
+        # Nothing waits between these: what is served has somebody who flushes it.
         self._opened[name] = image
-        await self._nursery.start(image.image.run)
+        self._nursery.start_soon(image.image.run)
 
     async def resize(self, name: str, size_bytes: int) -> ImageInfo:
         """Grow it. Its present size is fine; refused while it is part of a checkpoint."""
@@ -403,7 +404,7 @@ class Images:
             with contextlib.suppress(OSError, Lost):
                 await image.close()
         for image in self._opened.values():
-            await self._nursery.start(image.image.run)
+            self._nursery.start_soon(image.image.run)
         self._nursery.start_soon(self._watch)
 
     async def _watch(self) -> None:
