@@ -407,6 +407,15 @@ BREAKS: tuple[Break, ...] = (
         ("tests/shell/test_diskd_resume_files.py",),
     ),
     Break(
+        "resumed-and-discarded",
+        "B3",
+        "a resumed backup that is refused at once is discarded, although its predecessor may have sent it all",
+        "src/diskd/shell/backup.py",
+        "if resuming and not self.has_been_ready:",
+        "if False:",
+        ("tests/shell/test_diskd_resume.py",),
+    ),
+    Break(
         "resumed-without-looking",
         "B4",
         "a source goes on behind whatever the target says it has",
