@@ -182,7 +182,7 @@ async def test_a_backup_from_a_snapshot_is_what_was_frozen(tmp_path, nursery, ki
                 report = await back_up(san, address, report=write_meanwhile)
                 assert later
                 assert report.kind == ("full" if number == 0 else "differential")
-                assert place.left() == []
+                await place.gone()
                 truth[report.point] = frozen
             assert set(states) <= {"merging", "pending"}
             assert report.disks[0].changed_bytes < 100 * KiB
@@ -220,7 +220,7 @@ async def test_a_provider_that_fails_leaves_vm_and_points_as_they_were(tmp_path,
             place.mode("works")
             second = await back_up(san, address)
             assert (second.base, second.disks[0].changed_bytes) == (first.point, 8 * KiB)
-            assert place.left() == []
+            await place.gone()
 
 
 async def test_a_checkpoint_that_failed_before_the_snapshot_was_there_is_no_backup(tmp_path, nursery):
@@ -263,7 +263,7 @@ async def test_a_snapshot_that_cannot_be_deleted_is_deleted_later(tmp_path, nurs
             assert [(s.point, s.state) for s in listed] == [(first.point, "releasing")]
             place.mode("works")
             assert (await back_up(san, address)).base == first.point
-            assert place.left() == []
+            await place.gone()
             place.mode("stuck")
             await back_up(san, address)
         place.mode("works")
@@ -443,3 +443,20 @@ async def test_a_deletion_that_is_tried_again_leaves_a_later_snapshot_its_reserv
             assert sorted(library.reserved) == ["other", "web"]
             with pytest.raises(Refused, match="read by a third party"):
                 await library.begin_checkpoint("web", DISKS[:1], "")
+
+
+async def test_a_backup_does_not_wait_until_its_snapshot_is_deleted(tmp_path, nursery):
+    """The deletion may take longer than the end of a backup may, and the target has committed."""
+    repository = tmp_path / "repository"
+    repository.mkdir()
+    address, _ = await start_target(nursery, repository)
+    with place_on("command", tmp_path) as place:
+        async with place.serving() as (library, san):
+            place.patient()
+            place.mode("dawdles")
+            report = await back_up(san, address)
+            assert [(p.point, p.valid) for p in library.points("a")] == [(report.point, True)]
+            assert library.reserved == {}
+            assert len(place.left()) == 2
+            (place.directory / "go").touch()
+            await place.gone()

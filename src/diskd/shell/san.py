@@ -62,6 +62,7 @@ class San:
         self.records: dict[str, Record] = {}
         # One at a time releases a snapshot: its reader, a retry, and whoever ends it by hand may all try.
         self._turns: dict[str, trio.Lock] = {}
+        self._running: trio.Nursery | None = None
 
     async def recover(self) -> None:
         """Take up what an earlier run left: called once, when the library is open. Points are settled here,
@@ -81,20 +82,26 @@ class San:
             outcome = san.recover(record)
             if outcome is None:
                 self._reserve(record)
-                continue
-            try:
-                await self._settle(record, outcome)
-            except (HoldfastError, OSError) as error:
-                log.warning("san.left_over", point=record.point, reason=str(error))
+            else:
+                await self.settle_quietly(record.point, outcome)
 
     async def run(self) -> None:
-        """Delete the snapshots that an earlier run left, beside everything else: a provider may take an hour
-        for each, and no guest waits for that. What cannot be deleted is tried again at the next backup of
-        this kind and at the next start."""
+        """Delete snapshots beside everything else, those that an earlier run left first: a provider may take
+        an hour for each, and neither guests nor a backup that is done wait for that. What cannot be deleted
+        is tried again at the next backup of this kind and at the next start."""
         async with trio.open_nursery() as nursery:
-            for record in self.records.values():
-                if record.state == "releasing":
-                    nursery.start_soon(self.release_quietly, record.point, "discard")
+            self._running = nursery
+            try:
+                for record in self.records.values():
+                    self._delete_soon(record)
+                await trio.sleep_forever()
+            finally:
+                self._running = None
+
+    def _delete_soon(self, record: Record) -> None:
+        """Where nothing runs (yet, or any more), the next ``run`` does it."""
+        if self._running is not None and record.state == "releasing":
+            self._running.start_soon(self.release_quietly, record.point, "discard")
 
     async def snapshot(self, wanted: "_Wanted", held_by: san.HeldBy, target: str) -> "SnapshotVm":
         """Freeze, snapshot, end the checkpoint. Raises Refused or OSError; then all is as it was before."""
@@ -149,6 +156,19 @@ class San:
                 self.mapping_path(point).unlink()
             await self._advance(record, "deleted")
         log.info("san.released", vm=record.vm, point=point, outcome=record.outcome)
+
+    async def settle_quietly(self, point: str, outcome: Outcome) -> None:
+        """The first half of ``release``; ``run`` does the second. What fails is told in the log."""
+        if point not in self.records:
+            return
+        try:
+            async with self._turns.setdefault(point, trio.Lock()):
+                if point in self.records:
+                    await self._settle(self.records[point], outcome)
+        except (HoldfastError, OSError) as error:
+            log.warning("san.left_over", point=point, reason=str(error))
+        if point in self.records:
+            self._delete_soon(self.records[point])
 
     async def _settle(self, record: Record, outcome: Outcome) -> Record:
         """The durable word that it goes, then its point. Once more does no harm. Raises as above."""
@@ -284,7 +304,7 @@ class SnapshotDisk:
 
 
 class SnapshotVm:
-    """ports.FrozenVm: ``end`` settles the point and deletes the snapshot."""
+    """ports.FrozenVm: ``end`` settles the point and has the snapshot deleted."""
 
     def __init__(
         self, owner: San, record: Record, frozen: FrozenVm, disks: Mapping[str, SnapshotDisk]
@@ -311,9 +331,10 @@ class SnapshotVm:
         await self._frozen.settle(point, committed=committed)
 
     async def end(self, outcome: Outcome) -> None:
-        """The point is settled when this returns; a snapshot that cannot be deleted is tried again later."""
+        """The point is settled when this returns. The snapshot is deleted afterwards: a backup that its
+        target has committed has not failed because a provider takes its time."""
         self.close()
-        await self._owner.release_quietly(self.point, outcome)
+        await self._owner.settle_quietly(self.point, outcome)
 
     async def suspend(self) -> None:
         """A snapshot is not gone on with: whether the target has it, its word will tell (B3)."""
