@@ -460,3 +460,23 @@ async def test_a_backup_does_not_wait_until_its_snapshot_is_deleted(tmp_path, nu
             assert len(place.left()) == 2
             (place.directory / "go").touch()
             await place.gone()
+
+
+async def test_a_snapshot_that_is_still_being_made_is_not_ended(tmp_path):
+    """The record would stand afterwards, of a snapshot that is deleted."""
+    with place_on("command", tmp_path) as place:
+        async with place.serving() as (library, san):
+            call = Call("test", nothing)
+            place.patient()
+            place.mode("waits")
+            async with trio.open_nursery() as inner:
+                inner.start_soon(_begin(san), calls.SanBegin("fast", "web", DISKS, "", None), call)
+                await place.until("began")
+                (point,) = san.records
+                with pytest.raises(Refused, match="still being made"):
+                    await _end(san)(calls.SanEnd(point, "keep"), call)
+                (place.directory / "go").touch()
+            assert [record.state for record in san.records.values()] == ["standing"]
+            await _end(san)(calls.SanEnd(point, "keep"), call)
+            assert place.left() == []
+            assert [(p.point, p.valid) for p in library.points("a")] == [(point, True)]

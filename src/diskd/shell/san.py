@@ -63,6 +63,8 @@ class San:
         # One at a time releases a snapshot: its reader, a retry, and whoever ends it by hand may all try.
         self._turns: dict[str, trio.Lock] = {}
         self._running: trio.Nursery | None = None
+        # Begun by hand, and whoever began it has not been told of it: nobody else ends it meanwhile.
+        self.being_made: set[str] = set()
 
     async def recover(self) -> None:
         """Take up what an earlier run left: called once, when the library is open. Points are settled here,
@@ -117,6 +119,8 @@ class San:
         described = [RecordedDisk(disk.name, disk.image) for disk in wanted.disks]
         record = Record(frozen.point, frozen.checkpoint, wanted.vm, wanted.provider, held_by, described)
         opened: dict[str, SnapshotDisk] = {}
+        if held_by == "hand":
+            self.being_made.add(record.point)
         try:
             await self._persist(record)
             for disk in wanted.disks:
@@ -137,6 +141,7 @@ class San:
                 with contextlib.suppress(HoldfastError, OSError):
                     await frozen.end("discard")
                 await self.release_quietly(record.point, "discard")
+            self.being_made.discard(record.point)
             raise
         log.info("san.snapshot", vm=record.vm, point=record.point, provider=record.provider, path=path)
         return SnapshotVm(self, record, frozen, opened)
@@ -411,6 +416,8 @@ def _begin(owner: San) -> Callable[[calls.SanBegin, Call], Awaitable[calls.SanSn
             with trio.move_on_after(_CLEAN_UP_SECONDS, shield=True):
                 await made.end("discard")
             raise
+        finally:
+            owner.being_made.discard(made.point)
         made.close()
         return _described(owner, made.record)
 
@@ -422,6 +429,8 @@ def _end(owner: San) -> Callable[[calls.SanEnd, Call], Awaitable[calls.SanEnded]
         record = owner.records.get(request.point)
         if record is not None and record.held_by == "backup" and record.state != "releasing":
             raise Refused(f"{request.point} is being backed up; its snapshot goes when that has ended")
+        if request.point in owner.being_made:
+            raise Refused(f"the snapshot of {request.point} is still being made; end it when that is done")
         await owner.release(request.point, request.outcome)
         return calls.SanEnded(request.point)
 
