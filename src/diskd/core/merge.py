@@ -47,6 +47,9 @@ from diskd.core.steps import Punch, Read, Script, Write
 # One read-and-write pair of the copy: large enough for a disk, small enough for memory.
 COPY_BYTES_MAX = 1 * MiB
 
+# And one step of giving space back.
+PUNCH_BYTES_MAX = 4 * MiB
+
 # Writes to a firm batch wait for a copy and two syncs; it is kept small, so that they wait for little else.
 FIRM_BLOCKS_MAX = 64
 
@@ -144,7 +147,7 @@ class Merge:
             offset = first * head.block_bytes
             end = min((first + count) * head.block_bytes, head.size_bytes)
             if state == ZERO:
-                yield Punch(PARENT_FILE, offset, end - offset)
+                yield from _punch_sliced(PARENT_FILE, offset, end)
                 continue
             while offset < end:
                 length = min(COPY_BYTES_MAX, end - offset)
@@ -209,4 +212,12 @@ class Merge:
 def punch(ranges: Sequence[tuple[int, int]]) -> Script[None]:
     """Give back the AVHD's space, after every read of it that began before ``forget`` has ended."""
     for offset, length in ranges:
-        yield Punch(DATA_FILE, offset, length)
+        yield from _punch_sliced(DATA_FILE, offset, offset + length)
+
+
+def _punch_sliced(name: str, offset: int, end: int) -> Script[None]:
+    """A file's other I/O waits for each of these: a punch of many extents takes seconds."""
+    while offset < end:
+        length = min(PUNCH_BYTES_MAX, end - offset)
+        yield Punch(name, offset, length)
+        offset += length

@@ -198,6 +198,13 @@ def stamp(identity: Identity, now_ns: int) -> Script[None]:
     yield Sync(STAMP_FILE)
 
 
+def has_outlived_stamp(began_ns: int, ended_ns: int) -> bool:
+    """Whether a script that may have written the MRT took so long that its stamp, which is at most half of
+    STAMP_NS older than the beginning, says too little: then stamp again, or the next recovery would take
+    the file for one that was put back."""
+    return ended_ns - began_ns > STAMP_NS
+
+
 def load_stamp(identity: Identity) -> Script[int]:
     """Until when the MRT was going to be written (ns). Raises Damaged."""
     if (yield Size(STAMP_FILE)) is None:

@@ -316,9 +316,13 @@ class Image:
     async def perform(self, script: Script[T], *, refusable: bool = False) -> T:
         """Run a script on the image's files, to its end. A failure is final, except, where ``refusable``, a
         lack of space (nothing was changed then)."""
+        began_ns = now_ns()
         try:
             with trio.CancelScope(shield=True):
-                return await self.files.run(script)
+                result = await self.files.run(script)
+                if mrt.has_outlived_stamp(began_ns, now_ns()):
+                    await self.files.run(mrt.stamp(self.identity, now_ns()))
+                return result
         except OSError as error:
             if not (refusable and error.errno in (errno.ENOSPC, errno.EDQUOT)):
                 self.fail(f"tracking could not be made durable: {error.strerror or error}")

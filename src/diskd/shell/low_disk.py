@@ -10,13 +10,17 @@ from pathlib import Path
 from typing import Final
 
 import attrs
+import structlog
 import trio
 
+from daemonkit.errors import words_of
 from diskd.core.space import Reserve, low_disk_reason
 
 # A guest that writes 1 GB/s adds half a gigabyte meanwhile: less than the limit's default leaves on any disk
 # that takes so much.
 LOOK_SECONDS: Final = 0.5
+
+log = structlog.get_logger("low_disk")
 
 
 @attrs.frozen
@@ -60,5 +64,10 @@ async def watch(
         except OSError:
             continue  # a file system that does not answer is not a full one
         if reason is not None and stands():
-            await give_up(reason)
+            try:
+                await give_up(reason)
+            except OSError as error:
+                # The checkpoint stands, so look again: one bad file is not the end of every image here.
+                log.warning("checkpoint.not_given_up", why=reason, reason=words_of(error))
+                continue
             return

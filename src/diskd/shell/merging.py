@@ -73,6 +73,8 @@ class Merging:
                 except SyncFailed:
                     raise
                 except OSError:
+                    # Most likely there is no space for the copy: what has been merged holds some.
+                    await self._punch()
                     await trio.sleep(_RETRY_SECONDS)
         finally:
             merge.unclaim()

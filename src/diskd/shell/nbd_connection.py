@@ -51,6 +51,8 @@ _LAST_LOOKS: Final = 4
 # From this size on a read's buffer is used again; the spare ones of a connection, at most.
 _REUSED_BYTES_MIN: Final = 64 << 10
 _SPARE_MAX: Final = 4
+# No layer does more than this without a thread: not worth a buffer.
+_IN_PLACE_BYTES_MAX: Final = 1 << 20
 # sendmsg refuses more buffers than this in one call (IOV_MAX).
 _BUFFERS_MAX: Final = 1024
 
@@ -402,6 +404,8 @@ class Connection:
     def _read_in_place(self, offset: int, length: int, device: Device) -> bytes | bytearray | None:
         if length < _REUSED_BYTES_MIN or self._reads_into is None:
             return device.read_nowait(offset, length) if length else b""
+        if length > _IN_PLACE_BYTES_MAX:
+            return None
         buffer = self._lend(length)
         if self._reads_into.read_into_nowait(offset, buffer):
             return buffer
