@@ -16,7 +16,7 @@ from daemonkit.units import MiB
 from diskd.core import lease
 from diskd.core.ownership import Lost
 from diskd.core.steps import Create, Read, Remove, Replace, Script, Size, Step, Sync, Write
-from diskd.errors import Refused
+from diskd.errors import Damaged, Refused
 from diskd.shell.files import Files
 from diskd.shell.held import Held
 from diskd.shell.library import Library
@@ -220,3 +220,45 @@ def test_files_that_are_closed_stay_closed(tmp_path: Path):
 
 def _one_step(step: Step) -> Script[None]:
     yield step
+
+
+async def test_a_takeover_that_fails_does_not_keep_the_image_from_a_third(storage: Hosts, tmp_path: Path):
+    async with storage.doomed("n1") as one:
+        await leased(one)
+        await put((await opened(one, "web@1")).device, 0, b"1" * 4096)
+    boot = (tmp_path / "host1.boot").read_text().strip()
+    toml = storage.root / "images" / "web" / "image.toml"
+    content = toml.read_bytes()
+    async with storage.serving("n2", "host2") as two, storage.serving("n3", "host3") as three:
+        toml.write_bytes(b"rot")
+        for _ in range(2):
+            with pytest.raises(Damaged):
+                await two.acquire_lease("web", 2, "n2/web", dead_boots=[boot])
+        toml.write_bytes(content)
+        # Nobody says once more that host1 is dead, and host2 need not be.
+        await three.acquire_lease("web", 3, "n3/web", dead_boots=[])
+        assert await get((await opened(three, "web@3")).device, 0, 4096) == b"1" * 4096
+    async with storage.serving("n1") as one:
+        assert one.image("web").state == "elsewhere"
+
+
+@pytest.mark.parametrize("verb", ["release", "hand over"])
+async def test_a_failed_image_is_given_away_for_recovery(storage: Hosts, verb: str):
+    async with storage.serving("n1") as one, storage.serving("n2", "host2") as two:
+        await leased(one)
+        point = await point_of(one)
+        await put((await opened(one, "web@1")).device, MiB, b"1" * 4096)
+        image = one.opened("web")
+        image.image.fail("a flush failed")
+        if verb == "release":
+            await one.acquire_lease("web", 2, "n1/web")
+            await one.release_lease("web", 2, "n1/web")
+            assert (await one.release_image("web")).state == "released"
+        else:
+            await one.hand_over("web", 2, "n2/web")
+        await two.open_image("web")
+        assert two.opened("web").image.opened_how != "clean"
+        await two.acquire_lease("web", 3, "n2/web")
+        assert await get((await opened(two, "web@3")).device, MiB, 4096) == b"1" * 4096
+        extents = (await two.changes("web", point)).extents
+        assert any(start <= MiB and MiB + 4096 <= start + length for start, length in extents)

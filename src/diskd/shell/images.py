@@ -338,13 +338,17 @@ class Images:
         except trio.Cancelled:
             self._opened[name] = image  # the library stops, and closes what is open
             raise
-        if image.image.failure is not None:
-            self._broken[name] = image.image.failure
+        failure = image.image.failure
         try:
             await image.close("released")
         except OSError as error:
-            self._broken[name] = words_of(error)
-            raise Refused(f"image {name} could not be closed cleanly: {error}") from error
+            self._broken[name] = failure or words_of(error)
+            raise Refused(
+                f"image {name} could not be closed cleanly, and stays with this daemon: {error}; open it here"
+                f" (diskctl image open {name}), or fence this host ({self._claimant.me.host})"
+            ) from error
+        if failure is not None:
+            log.warning("image.given_away_unclean", image=name, reason=failure)
 
     async def _see_through(self, action: Action) -> None:
         """Return when it is done. Whoever stops waiting does not stop it: an image that is out of the catalog

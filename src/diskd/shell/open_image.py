@@ -76,7 +76,8 @@ class OpenImage:
 
     async def close(self, leave: State = "closed") -> None:
         """A clean stop; connections are gone by now. Only when everything is durable the owner record says
-        that the image is not served any more. Raises Lost, and then has written nothing."""
+        that the image is not served any more. A failed image is given away for recovery, where that was asked
+        for, and else stays this daemon's. Raises OSError, or Lost, and then has written nothing."""
         try:
             with trio.CancelScope(shield=True):
                 try:
@@ -91,6 +92,8 @@ class OpenImage:
                 await self.image.close()
                 if is_clean:
                     await self.ownership.leave(leave)
+                elif leave == "released":
+                    await self.ownership.leave_unclean(leave)
         finally:
             self.files.close()
 

@@ -4,6 +4,7 @@ What may be taken is decided in core.ownership; here are the kernel lock and the
 its own, ``owner.lock``, opened among the image's files: whoever closes those, or dies, lets go of it.
 """
 
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -92,6 +93,16 @@ def _look(files: Files) -> tuple[Owner | None, bool]:
     files.run_blocking(_make_lock_file())
     free = kernel_lock.is_free(files.descriptor(LOCK_FILE))
     return files.run_blocking(ownership.load()), free
+
+
+def _sync_all(directory: Path) -> None:
+    for path in directory.rglob("*"):
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
 
 
 def _make_lock_file() -> Script[None]:
@@ -193,9 +204,17 @@ class Ownership:
             raise Lost("this daemon has given it up")
 
     async def undo(self) -> None:
-        """It was claimed and could not be opened: as before, as far as others are concerned."""
-        if self._before is None or self._before.state != "serving":
-            await self.leave("closed" if self._before is None else self._before.state)
+        """It was claimed and could not be opened: anybody may be told to open it. Not as it was before: of a
+        dead daemon's image nobody but this one would know any more that it is dead. Raises Lost, OSError."""
+        is_released = self._before is not None and self._before.state == "released"
+        await self.leave_unclean("released" if is_released else "closed")
+
+    async def leave_unclean(self, state: State) -> None:
+        """As ``leave``, of an image that was not closed cleanly: whoever opens it next recovers, as after a
+        power loss. First everything that this host still has in memory is on the storage: nothing may come
+        there later, when somebody else writes. Raises OSError where that fails; then it stays ours."""
+        await trio.to_thread.run_sync(_sync_all, self._files.directory)
+        await self.leave(state)
 
     def show(self) -> OwnerInfo | None:
         return owner_info(self._claimant, self.owner)
