@@ -409,7 +409,7 @@ BREAKS: tuple[Break, ...] = (
     Break(
         "resumed-and-discarded",
         "B3",
-        "a resumed backup that is refused at once is discarded, although its predecessor may have sent it all",
+        "a resumed backup that is refused at once is discarded: its predecessor may have sent it all",
         "src/diskd/shell/backup.py",
         "if resuming and not self.has_been_ready:",
         "if False:",
