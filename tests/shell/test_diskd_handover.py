@@ -100,7 +100,7 @@ async def test_a_handover_goes_on_when_nobody_waits_for_it(storage: Hosts):
         frozen = await with_avhd(one)
         gate = Gate()
         image = one.opened("web")
-        image.image.files._sync = gate.sync
+        image.files._sync = gate.sync
         await frozen.end("discard")
         await until(lambda: gate.waiting > 0)
         with trio.move_on_after(0.05) as scope:
