@@ -1,5 +1,6 @@
 """What concerns every test: no deadlines on examples, nothing left in shared memory."""
 
+import signal
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,10 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 SHARED = Path("/dev/shm")
+
+# A run in the background of a script ignores SIGINT, and so would every program that a test interrupts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # How long an example takes says something about the machine, not about the code: see `make bench` for speed.
 settings.register_profile("holdfast", deadline=None, suppress_health_check=[HealthCheck.too_slow])
