@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import Any, Final, Literal, Protocol
+from typing import Any, Final, Literal
 from urllib.parse import quote
 
 import trio
@@ -35,6 +35,7 @@ from diskd.core.target_calls import ExportRequest
 from diskd.errors import Refused
 from diskd.shell.export_file import Event, receive_export
 from diskd.shell.imports import qemu_img, run_qemu_img
+from diskd.shell.restore import DiskFile, RawDisk
 
 ImageFormat = Literal["raw", "qcow2", "vmdk", "vhdx", "vdi"]
 Progress = Callable[[Any], None]
@@ -117,29 +118,6 @@ def _publish(part: Path, path: Path, force: bool) -> int:
 # --- from the export stream ----------------------------------------------------------------------
 
 
-class _Disk(Protocol):
-    """A disk being written in ascending order. ``finish``: the size of its file."""
-
-    def data(self, offset: int, data: bytes) -> None: ...
-    def zero(self, offset: int, length: int) -> None: ...
-    def finish(self) -> int: ...
-
-
-class _RawDisk:
-    def __init__(self, descriptor: int, size: int) -> None:
-        self._descriptor = descriptor
-        self._size = size
-
-    def data(self, offset: int, data: bytes) -> None:
-        write_all(self._descriptor, data, offset)
-
-    def zero(self, offset: int, length: int) -> None:
-        """A hole of a new file reads as zeroes."""
-
-    def finish(self) -> int:
-        return self._size
-
-
 class _Frames:
     """What the two outputs share: checks each frame, knows how much there is."""
 
@@ -173,11 +151,11 @@ class _FileOutput(_Frames):
     def __init__(self, path: Path, kind: ImageFormat) -> None:
         self._kind = kind
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-        self._disk: _Disk = _RawDisk(self._descriptor, 0)
+        self._disk: DiskFile = RawDisk(self._descriptor, 0)
 
     def begin(self, size_bytes: int) -> None:
         if self._kind == "raw":
-            self._disk = _RawDisk(self._descriptor, size_bytes)
+            self._disk = RawDisk(self._descriptor, size_bytes)
         else:
             self._disk = Qcow2Writer(
                 lambda offset, data: write_all(self._descriptor, data, offset),

@@ -38,15 +38,15 @@ _MARK: Final = "user.holdfast.point"
 _RECEIVE_BYTES: Final = 1 << 20
 
 
-class _DiskFile(Protocol):
-    """One disk being written."""
+class DiskFile(Protocol):
+    """One disk being written, in ascending order. ``finish``: the size of its file."""
 
     def data(self, offset: int, data: bytes) -> None: ...
     def zero(self, offset: int, length: int) -> None: ...
     def finish(self) -> int: ...
 
 
-class _Raw:
+class RawDisk:
     """A sparse raw file of which nothing has been written."""
 
     def __init__(self, descriptor: int, size: int) -> None:
@@ -108,7 +108,7 @@ class RestoreFiles:
         self._format = disk_format
         self._made: list[tuple[Path, Path]] = []
         self._descriptors: list[int] = []
-        self._disks: list[tuple[int, _DiskFile]] = []
+        self._disks: list[tuple[int, DiskFile]] = []
         directory.mkdir(parents=True, exist_ok=True)
         sync_directory(directory.parent)
         finals = [directory / f"{disk.name}.{disk_format}" for disk in header.disks]
@@ -129,10 +129,10 @@ class RestoreFiles:
         self._descriptors.append(descriptor)
         return descriptor
 
-    def _begin(self, final: Path, size: int) -> tuple[int, _DiskFile]:
+    def _begin(self, final: Path, size: int) -> tuple[int, DiskFile]:
         descriptor = self._create(final)
         if self._format == "raw":
-            return descriptor, _Raw(descriptor, size)
+            return descriptor, RawDisk(descriptor, size)
         writer = Qcow2Writer(
             lambda offset, data: write_all(descriptor, data, offset),
             size_bytes=size,
