@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import trio
+from diskd_library import until
 from diskd_process import BINARIES, SECONDS_MAX, DiskdProcess, diskd
 from programs import good, need
 
@@ -109,12 +110,6 @@ async def test_what_a_pipe_cannot_carry_is_refused_with_the_reason(tmp_path):
         done = await piped(daemon, "b", raw_disk(tmp_path / "disk.raw"))
         assert done.returncode == 1 and b"exists already" in done.stderr
         assert left_over(daemon.root) == ["b"]
-
-
-async def until(condition) -> None:
-    with trio.fail_after(SECONDS_MAX):
-        while not condition():  # noqa: ASYNC110 - what is waited for lies outside: no event tells it
-            await trio.sleep(0.01)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])

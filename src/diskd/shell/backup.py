@@ -106,7 +106,7 @@ async def _while_unfenced(
 
         async def watch() -> None:
             # A lease tells nobody that it changed, and half a second makes no difference here.
-            while all(source.lease(disk.image).epoch <= request.epoch for disk in request.disks):  # noqa: ASYNC110 - see above
+            while all(source.lease(disk.image).epoch <= request.epoch for disk in request.disks):  # noqa: ASYNC110 - no event
                 await trio.sleep(PROGRESS_SECONDS)
             nursery.cancel_scope.cancel(reason="fenced")
 
@@ -205,7 +205,7 @@ async def run_backup(
             _check_disks(request, frozen)
         await backup.send()
         outcome = "keep"
-    except BaseException as error:
+    except BaseException as error:  # also a cancelled one: how the checkpoint ends depends on why
         outcome = backup.outcome_of(error)
         raise
     finally:
