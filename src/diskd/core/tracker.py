@@ -146,7 +146,7 @@ class Tracker:
 
     @property
     def open_count(self) -> int:
-        """Regions that are, or after the next commit will be, open on disk: T3's bound counts these."""
+        """Regions that are, or after the next commit will be, open on disk."""
         return self._durable_count - len(self._closing)
 
     @property
@@ -156,7 +156,7 @@ class Tracker:
     # --- MRT ---------------------------------------------------------------------------------------
 
     def want(self, regions: list[int]) -> None:
-        """Let the next commit open these (those for which there is no room, the one after the next flush),
+        """Let the next commit open these (those for which there is no room, one after the next flush),
         and what a sequential stream will touch next."""
         self._wanted.update(dict.fromkeys(regions))
         ahead = self._mark_ahead.touched(regions[0], regions[-1])
@@ -164,6 +164,9 @@ class Tracker:
 
     def begin_commit(self, now_ns: int, *, may_be_written: bool = False) -> Commit | None:
         """The records to write now, or None where nothing is left to do. Then ``end_commit``.
+
+        What it closes makes room for the next commit, not for itself: a power loss may keep of its records
+        those that open and lose those that close, and the bound holds then, too (T3).
 
         ``may_be_written``: the raw file may be written at any moment without a region being opened first, as
         a merge does. So it is said now, or the write would be taken for one from outside (T4).
@@ -204,13 +207,13 @@ class Tracker:
                 # Its closing record was not submitted, and now never will be.
                 self._closing.discard(region)
                 self._open[region] = 1
-            elif self.open_count + len(opening) < self._limit:
+            elif self._durable_count + len(opening) < self._limit:
                 opening[region] = None
             else:
                 waiting[region] = None
         # What nobody needs yet leaves half of the room to those who do.
         for region in self._ahead:
-            if self.open_count + len(opening) >= self._limit // 2:
+            if self._durable_count + len(opening) >= self._limit // 2:
                 break
             if not self._durable_open[region]:
                 opening[region] = None
