@@ -9,7 +9,7 @@ import pytest
 from step_contract import CASES, Run, steps
 
 from diskd.core.steps import Read, Sync, Truncate, Write
-from diskd.shell.files import Files
+from diskd.shell.files import WRITE_PIECE_BYTES, Files, write_data
 from diskd.sim.disk import Crashed, SimDisk
 
 
@@ -34,6 +34,17 @@ async def test_scripts_run_in_a_thread(tmp_path: Path) -> None:
         assert await files.run(steps(Read("a", 0, 2))) == [b"x\0"]
     finally:
         files.close()
+
+
+@pytest.mark.parametrize(
+    "length", [0, 1, WRITE_PIECE_BYTES, WRITE_PIECE_BYTES + 1, 4 * WRITE_PIECE_BYTES + 777]
+)
+def test_data_is_written_whole_in_small_pieces(length: int, tmp_path: Path) -> None:
+    data = Random(length).randbytes(length)
+    with (tmp_path / "disk").open("w+b", buffering=0) as file:
+        file.write(b"\xff" * (length + 100))
+        write_data(file.fileno(), data, 50)
+        assert os.pread(file.fileno(), length + 100, 0) == b"\xff" * 50 + data + b"\xff" * 50
 
 
 def failed_sync_is_final(run: Run) -> None:

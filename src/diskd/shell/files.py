@@ -37,6 +37,9 @@ T = TypeVar("T")
 
 SCRIPT_THREADS_MAX: Final = 16
 _ZEROES: Final = bytes(1 << 20)
+# The page cache keeps what one write brought in units as large as that write, and a later small write walks
+# all blocks of the unit that it hits: after writes of 1 MiB it takes twice as long as after these (ADR 0030).
+WRITE_PIECE_BYTES: Final = 256 << 10
 KEEP_SIZE: Final = 0x01
 PUNCH_HOLE: Final = 0x02
 ZERO_RANGE: Final = 0x10
@@ -54,12 +57,19 @@ def fallocate(descriptor: int, mode: int, offset: int, length: int) -> None:
             raise OSError(number, os.strerror(number))
 
 
+def write_data(descriptor: int, data: bytes | memoryview, offset: int) -> None:
+    """pwrite all of a disk's data, in pieces that keep later small writes fast. Raises OSError."""
+    view = memoryview(data)
+    for start in range(0, len(view), WRITE_PIECE_BYTES):
+        durable.write_all(descriptor, view[start : start + WRITE_PIECE_BYTES], offset + start)
+
+
 def write_zeroes(descriptor: int, offset: int, length: int) -> None:
     """Plain zeroes, where the file system can do nothing better."""
     end = offset + length
     while offset < end:
         part = min(len(_ZEROES), end - offset)
-        durable.write_all(descriptor, memoryview(_ZEROES)[:part], offset)
+        write_data(descriptor, memoryview(_ZEROES)[:part], offset)
         offset += part
 
 
@@ -196,7 +206,7 @@ class Files:
             raise OSError(errno.ESHUTDOWN, "the files are closed")
         match step:
             case Write(name, offset, data):
-                return durable.write_all(self._open(name, os.O_RDWR), data, offset)
+                return write_data(self._open(name, os.O_RDWR), data, offset)
             case Read(name, offset, length):
                 return read_all(self._open(name, os.O_RDWR), offset, length)
             case Sync(name):

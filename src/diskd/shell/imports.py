@@ -23,13 +23,13 @@ from typing import Final
 import numpy as np
 import trio
 
-from daemonkit import durable
 from daemonkit.errors import ProtocolError
 from daemonkit.frames import FrameReader
 from daemonkit.units import GiB, MiB, format_size
 from diskd.core import foreign, import_stream
 from diskd.core.foreign import SourceFormat
 from diskd.errors import Refused
+from diskd.shell.files import write_data
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in total
 SizeCheck = Callable[[int], None]  # raises Refused for a size that no image here can have
@@ -141,7 +141,7 @@ class SparseFile:
         """Write what is not zero. Raises OSError."""
         view = memoryview(data)
         for start, end in _runs_of_data(data, offset % _ZERO_GRAIN_BYTES):
-            durable.write_all(self._descriptor, view[start:end], offset + start)
+            write_data(self._descriptor, view[start:end], offset + start)
 
     def finish(self, size_bytes: int) -> None:
         os.ftruncate(self._descriptor, size_bytes)

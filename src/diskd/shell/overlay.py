@@ -26,7 +26,7 @@ from diskd.core.merge import Merge
 from diskd.core.overlay import Mode, Piece
 from diskd.core.ports import Allocation
 from diskd.core.steps import Script, Step, before_steps
-from diskd.shell.files import Files
+from diskd.shell.files import WRITE_PIECE_BYTES, Files, write_data
 from diskd.shell.live_map import LiveMap
 from diskd.shell.merging import Merging
 from diskd.shell.overlay_settings import OverlaySettings, Parent
@@ -189,7 +189,9 @@ class OverlayLayer:
         if is_new and not self._has_room(count):
             return False
         try:
-            if os.pwrite(self._descriptor, data, offset) != length:
+            if length > WRITE_PIECE_BYTES:
+                write_data(self._descriptor, data, offset)
+            elif os.pwrite(self._descriptor, data, offset) != length:
                 return False
         except OSError:
             return False  # the other form meets it again, and deals with it

@@ -13,7 +13,6 @@ from typing import Final, Protocol, TypeVar
 
 import trio
 
-from daemonkit import durable
 from diskd.core.geometry import RAW
 from diskd.core.ports import Allocation
 from diskd.shell import files as system
@@ -117,15 +116,18 @@ class RawLayer:
         if not self._noted_from <= now < self._noted_until:
             self._on_write()
             self._noted_from, self._noted_until = now, now + self._slack_ns
+        if len(data) > system.WRITE_PIECE_BYTES:
+            system.write_data(self._descriptor, data, offset)
+            return True
         written = os.pwrite(self._descriptor, data, offset)
         if written != len(data):
-            durable.write_all(self._descriptor, memoryview(data)[written:], offset + written)
+            system.write_data(self._descriptor, memoryview(data)[written:], offset + written)
         return True
 
     async def write(self, offset: int, data: bytes | memoryview) -> None:
         if self.write_nowait(offset, data):
             return
-        await self._change(durable.write_all, self._descriptor, data, offset)
+        await self._change(system.write_data, self._descriptor, data, offset)
 
     async def write_zeroes(self, offset: int, length: int, *, may_trim: bool) -> None:
         await self._sliced(self._punch if may_trim else self._zero, offset, length)

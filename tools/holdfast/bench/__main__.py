@@ -3,6 +3,8 @@
 The client is `qemu-img bench` for all of them. Every disk is filled with data first, so that nobody gains by
 reading holes, and a write cell finds all regions open. Every round visits every server with the same cell
 before the next cell, so that a noisy machine disturbs all alike; the first round warms up and is not counted.
+Every round begins with new servers and new disks, another one first: where its page cache happens to lie in
+memory makes a disk up to a third slower for small writes than another, for as long as it is cached.
 Numbers from different runs or machines are not comparable; the ratios within one run are.
 
 What is printed is the part of docs/bench.md that holds numbers, as it stands there.
@@ -16,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -28,29 +31,36 @@ from holdfast.bench.report import Row, compared, summarise
 from holdfast.bench.servers import BenchFailed, Server, Starter, Transport, available
 from holdfast.bench.workload import CELLS, SAMPLE_SECONDS_MAX, TRANSPORTS, Sample, fill, measure
 
+Samples = dict[str, dict[str, list[Sample]]]
 
-def run_rounds(servers: list[Server], rounds: int, title: str) -> dict[str, dict[str, list[Sample]]]:
-    """cell → server → samples of the counted rounds."""
-    samples: dict[str, dict[str, list[Sample]]] = {cell.name: {s.name: [] for s in servers} for cell in CELLS}
+
+def run_rounds(starters: dict[str, Starter], transport: Transport, rounds: int, size: int) -> Samples:
+    """cell → server → samples of the counted rounds. Raises BenchFailed."""
+    samples: Samples = {cell.name: {name: [] for name in starters} for cell in CELLS}
     rates: dict[tuple[str, str], float] = {}
+    names = list(starters)
     for number in range(rounds + 1):
-        for cell in CELLS:
-            for server in servers:
-                # The warm-up tells how many requests a slow server can do in a time worth waiting for.
-                count = cell.count // 8
-                if number:
-                    slow = int(rates[cell.name, server.name] * SAMPLE_SECONDS_MAX)
-                    count = max(min(cell.count, slow), count)
-                sample = measure(server, cell, count)
-                rates[cell.name, server.name] = sample.operations_per_second
-                if number:
-                    samples[cell.name][server.name].append(sample)
-        print(f"bench: {title}: round {number} of {rounds}{'' if number else ' (warm-up)'}", file=sys.stderr)
+        order = {name: starters[name] for name in names[number % len(names) :] + names[: number % len(names)]}
+        with started(order, transport, size) as servers:
+            for cell in CELLS:
+                for server in servers:
+                    # The warm-up tells how many requests a slow server can do in a time worth waiting for.
+                    count = cell.count // 8
+                    if number:
+                        slow = int(rates[cell.name, server.name] * SAMPLE_SECONDS_MAX)
+                        count = max(min(cell.count, slow), count)
+                    sample = measure(server, cell, count)
+                    rates[cell.name, server.name] = sample.operations_per_second
+                    if number:
+                        samples[cell.name][server.name].append(sample)
+        warm = "" if number else " (warm-up)"
+        print(f"bench: {transport}: round {number} of {rounds}{warm}", file=sys.stderr)
     return samples
 
 
-def compare(starters: dict[str, Starter], transport: Transport, rounds: int, size: int) -> list[Row]:
-    """All servers on one transport, measured in turn. Raises BenchFailed."""
+@contextlib.contextmanager
+def started(starters: dict[str, Starter], transport: Transport, size: int) -> Iterator[list[Server]]:
+    """The servers in this order, their disks filled in this order."""
     with tempfile.TemporaryDirectory(prefix="holdfast-bench-") as name, contextlib.ExitStack() as stack:
         servers = []
         for key, start in starters.items():
@@ -58,7 +68,7 @@ def compare(starters: dict[str, Starter], transport: Transport, rounds: int, siz
             directory.mkdir()
             servers.append(stack.enter_context(start(directory, size, transport)))
             fill(servers[-1], size)
-        return summarise(run_rounds(servers, rounds, transport))
+        yield servers
 
 
 PARTS = ("servers", "states", "changes")
@@ -91,7 +101,10 @@ def main(rounds: int, size: int, part: tuple[str, ...], as_json: bool) -> None:
     sections = [about(rounds, size)]
     try:
         if "servers" in parts:
-            tables = {transport: compare(starters, transport, rounds, size) for transport in TRANSPORTS}
+            tables = {
+                transport: summarise(run_rounds(starters, transport, rounds, size))
+                for transport in TRANSPORTS
+            }
             document["tables"] = tables
             sections += [compared(title, rows, list(starters)) for title, rows in tables.items()]
         if "states" in parts:
