@@ -14,7 +14,7 @@ from nbd_catalog import FakeCatalog
 from nbd_harness import Wire, serving, still_serves
 
 from daemonkit.errors import OperatorError
-from diskd.core.ports import Allocation, ChangeReport
+from diskd.core.ports import Allocation, ChangeReport, Device, Export
 from diskd.shell import nbd_connection
 from diskd.shell.faulty_device import FaultyDevice
 from diskd.shell.memory_device import MemoryDevice
@@ -283,3 +283,45 @@ async def test_a_unix_socket(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("precious")
     with pytest.raises(OperatorError, match="is no socket"):
         await server.serve_unix(str(tmp_path / "file"))
+
+
+class Turns:
+    """Counts the passes of the scheduler, so that a test sees whether others get their turn."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    async def run(self) -> None:
+        while True:
+            await trio.lowlevel.checkpoint()
+            self.count += 1
+
+
+class TurnCatalog(FakeCatalog):
+    """Notes at which turn each question was asked."""
+
+    def __init__(self, devices: dict[str, Device], *, multi_conn: bool = True) -> None:
+        super().__init__(devices, multi_conn=multi_conn)
+        self.turns = Turns()
+        self.asked: list[int] = []
+
+    async def info(self, name: str) -> Export:
+        self.asked.append(self.turns.count)
+        return await super().info(name)
+
+
+async def test_a_flood_of_options_lets_others_have_their_turn() -> None:
+    async with serving(kind=TurnCatalog) as harness, trio.open_nursery() as nursery:
+        catalog = harness.catalog
+        assert isinstance(catalog, TurnCatalog)
+        nursery.start_soon(catalog.turns.run)
+        wire = await harness.connect()
+        await wire.greet()
+        await wire.stream.send_all(client.option(client.STRUCTURED))
+        await wire.stream.send_all(client.meta("disk", *["x"] * 200, number=client.LIST_META) * 100)
+        for _ in range(101):
+            await wire.haggle(b"")
+        assert len(catalog.asked) == 100
+        # Of two tasks that take turns, one may go twice between two goes of the other, and no more.
+        assert len(set(catalog.asked)) >= 50, "several options in one turn"
+        nursery.cancel_scope.cancel()

@@ -166,6 +166,7 @@ class Connection:
             self._refuse_received()
             await self._flush()
             await self._receive()
+            await trio.lowlevel.checkpoint()
 
     def _refuse_received(self) -> None:
         session = self._session
@@ -283,9 +284,12 @@ class Connection:
                 await self._answer_export(event)
             elif isinstance(event, Ended):
                 self.reason = event.reason
-            else:
-                await self._flush()
+            await self._flush()
+            if event is None:
                 await self._receive()
+            else:
+                # One answer may take a while: a flood of options must not take every turn.
+                await trio.lowlevel.checkpoint()
 
     async def _answer_export(self, wanted: ExportWanted) -> None:
         try:
