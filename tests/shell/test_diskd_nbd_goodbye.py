@@ -18,6 +18,7 @@ from diskd.shell.faulty_device import FaultyDevice
 from diskd.shell.memory_device import MemoryDevice
 from diskd.shell.nbd_connection import Connection
 from diskd.shell.nbd_linger import Company
+from diskd.shell.nbd_memory import Pool
 
 ERR_SHUTDOWN = 7 | 1 << 31
 
@@ -154,7 +155,7 @@ async def test_a_peer_that_never_stops_does_not_hold_up_its_own_end() -> None:
     catalog = FakeCatalog({"disk": device})
     flush = client.request(client.FLUSH)
     peer: Any = EndlessPeer(client.FIXED_NO_ZEROES + client.go("disk") + flush, flush)
-    connection = Connection(peer, "endless", catalog, Company())
+    connection = Connection(peer, "endless", catalog, Company(), Pool())
     with trio.fail_after(20):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(connection.run)

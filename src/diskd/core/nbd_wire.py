@@ -61,6 +61,8 @@ OPTION_BYTES_MAX: Final = 64 << 10
 OPTION_SKIP_BYTES_MAX: Final = 16 * MiB
 # Each query may name one reference point, of which an image keeps at most 511.
 QUERIES_MAX: Final = 1024
+# Each chosen one costs memory with every block status: a backup asks for one point, seldom for two.
+CONTEXTS_MAX: Final = 64
 INFO_REQUESTS_MAX: Final = 64
 # A client needs a handful of options; a thousand means that it will never come to an end.
 OPTIONS_MAX: Final = 1024

@@ -22,8 +22,9 @@ from diskd.core.ports import ExportCatalog
 from diskd.core.statistics import ClientStats
 from diskd.shell.nbd_connection import DROP_SECONDS_MAX, Connection
 from diskd.shell.nbd_linger import Company
+from diskd.shell.nbd_memory import Pool
 
-# Each takes two file descriptors at most and, when busy, IN_FLIGHT_BYTES_MAX of memory.
+# Each takes two file descriptors at most and, when busy, nbd_memory.OWN_BYTES beside its buffers.
 CONNECTIONS_MAX: Final = 512
 # Fewer wake-ups for large replies than with trio's default of 16 KiB; still little is queued in the kernel.
 _UNSENT_BYTES: Final = 1 << 20
@@ -34,11 +35,14 @@ log = structlog.get_logger("nbd")
 class NbdServer:
     """Serves the exports of one catalog on any number of listeners."""
 
-    def __init__(self, catalog: ExportCatalog, *, connections_max: int = CONNECTIONS_MAX) -> None:
+    def __init__(
+        self, catalog: ExportCatalog, *, connections_max: int = CONNECTIONS_MAX, pool: Pool | None = None
+    ) -> None:
         self._catalog = catalog
         self._connections: dict[Connection, str] = {}
         self._connections_max = connections_max
         self._company = Company()
+        self._pool = pool or Pool()
         self._changed = trio.Event()
 
     @property
@@ -104,7 +108,7 @@ class NbdServer:
                 log.warning("nbd.too_many_connections", peer=peer, limit=self._connections_max)
                 return
             _tune(sock)
-            connection = Connection(sock, peer, self._catalog, self._company)
+            connection = Connection(sock, peer, self._catalog, self._company, self._pool)
             self._connections[connection] = peer
             try:
                 await connection.run()
