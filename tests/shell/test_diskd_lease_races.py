@@ -267,10 +267,9 @@ async def test_whoever_is_just_connecting_does_not_get_an_image_that_goes(storag
             except Refused as error:
                 refused.append(str(error))
 
-        async with trio.open_nursery() as nursery:
-            async with library._images["a"]._lock:
-                nursery.start_soon(connect)
-                await trio.testing.wait_all_tasks_blocked()
-                nursery.start_soon(getattr(library, verb), "a")
-                await trio.testing.wait_all_tasks_blocked()
+        async with trio.open_nursery() as nursery, library._images["a"]._lock:
+            nursery.start_soon(connect)
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.start_soon(getattr(library, verb), "a")
+            await trio.testing.wait_all_tasks_blocked()
         assert client.dropped or refused
