@@ -123,7 +123,7 @@ class OpenImage:
             self.abandon()
 
     async def retire(self, reason: str) -> None:
-        """Nobody connects from now on. Return when all that was submitted is finished, and all are sent home."""
+        """Nobody connects any more. Return when what was submitted is finished and all are sent home."""
         self._retired = reason
         async with self._lock:
             for session in self._sessions:
