@@ -325,3 +325,16 @@ async def test_a_flood_of_options_lets_others_have_their_turn() -> None:
         # Of two tasks that take turns, one may go twice between two goes of the other, and no more.
         assert len(set(catalog.asked)) >= 50, "several options in one turn"
         nursery.cancel_scope.cancel()
+
+
+async def test_who_never_chooses_an_export_makes_way_for_who_does() -> None:
+    async with serving(connections_max=3) as harness:
+        served = await harness.open()
+        silent = [await harness.connect() for _ in range(4)]
+        for wire in silent:
+            with contextlib.suppress(EOFError):
+                await wire.greet()
+        await still_serves(harness)
+        await served.stream.send_all(client.request(client.READ, 0, 512, cookie=6))
+        assert await served.simple(length=512) == (6, 0, bytes(512))
+        await silent[0].ends()

@@ -17,8 +17,9 @@ import trio
 
 from daemonkit.errors import InvariantBroken, OperatorError
 from daemonkit.ports import Address, listening_failed
-from daemonkit.units import SECOND
+from daemonkit.units import MINUTE, SECOND
 from diskd.core.ports import ExportCatalog
+from diskd.core.seldom import Seldom
 from diskd.core.statistics import ClientStats
 from diskd.shell.nbd_connection import DROP_SECONDS_MAX, Connection
 from diskd.shell.nbd_linger import Company
@@ -44,6 +45,8 @@ class NbdServer:
         self._company = Company()
         self._pool = pool or Pool()
         self._changed = trio.Event()
+        self._full = Seldom(MINUTE)
+        self._leaving: set[Connection] = set()
 
     @property
     def connections(self) -> int:
@@ -104,8 +107,8 @@ class NbdServer:
         with sock:
             sock.setblocking(False)
             peer = _peer_name(sock)
-            if len(self._connections) >= self._connections_max:
-                log.warning("nbd.too_many_connections", peer=peer, limit=self._connections_max)
+            if len(self._connections) >= self._connections_max and not self._make_way():
+                self._say_full(peer)
                 return
             _tune(sock)
             connection = Connection(sock, peer, self._catalog, self._company, self._pool)
@@ -121,10 +124,26 @@ class NbdServer:
                 log.exception("nbd.connection_failed", peer=peer)
             finally:
                 del self._connections[connection]
+                self._leaving.discard(connection)
                 self._changed.set()
                 self._changed = trio.Event()
                 say = log.info if connection.name else log.debug
                 say("nbd.closed", peer=peer, export=connection.name, reason=connection.reason)
+
+    def _make_way(self) -> bool:
+        """Send whoever has haggled longest home: who gets nowhere must not keep out a guest who returns."""
+        for connection in self._connections:
+            if not connection.name and connection not in self._leaving:
+                self._leaving.add(connection)
+                connection.drop("it had not chosen an export yet, and others want to connect")
+                return True
+        return False
+
+    def _say_full(self, peer: str) -> None:
+        silenced = self._full.ask("", int(trio.current_time() * SECOND))
+        if silenced is not None:
+            limit = self._connections_max
+            log.warning("nbd.too_many_connections", peer=peer, limit=limit, silenced=silenced)
 
     async def drain(self, reason: str) -> None:
         """Drop all connections and wait until they have ended; bounded by their own limit."""
