@@ -125,3 +125,21 @@ async def test_small_requests_need_no_pool() -> None:
             assert await other.simple() == (cookie, 0, b"")
         assert MiB <= nbd_memory.OWN_BYTES
         pool.give(taken)
+
+
+async def test_many_small_requests_go_on_while_others_wait_for_the_pool() -> None:
+    device = FaultyDevice(MemoryDevice(8 * MiB))
+    device.close_gate()
+    pool = Pool(64 * MiB)
+    async with serving(device, pool=pool) as harness:
+        taken = await pool.take(64 * MiB, nobody)
+        queued, other = await harness.open(), await harness.open()
+        await queued.stream.send_all(struct.pack(">IHHQQI", 0x25609513, 0, client.WRITE, 7, 0, 8 * MiB))
+        await trio.testing.wait_all_tasks_blocked()
+        for cookie in range(40):
+            await other.stream.send_all(client.request(client.READ, 0, MiB // 8, cookie=cookie))
+        while device.waiting < 16:
+            await trio.testing.wait_all_tasks_blocked()
+        device.open_gate()
+        assert {(await other.simple(length=MiB // 8))[0] for _ in range(40)} == set(range(40))
+        pool.give(taken)

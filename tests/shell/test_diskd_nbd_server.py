@@ -338,3 +338,35 @@ async def test_who_never_chooses_an_export_makes_way_for_who_does() -> None:
         await served.stream.send_all(client.request(client.READ, 0, 512, cookie=6))
         assert await served.simple(length=512) == (6, 0, bytes(512))
         await silent[0].ends()
+
+
+class Uncached(MemoryDevice):
+    """Nothing can be read without a wait."""
+
+    def read_nowait(self, offset: int, length: int) -> bytes | None:
+        return None
+
+    async def read(self, offset: int, length: int) -> bytes:
+        await trio.lowlevel.checkpoint()
+        data = super().read_nowait(offset, length)
+        assert data is not None
+        return data
+
+
+async def test_a_request_that_waits_for_room_gets_it_also_behind_a_slow_reader() -> None:
+    """Two replies fill the room; both are with the kernel or on their way as the third request arrives."""
+    size = 64 * MiB
+    device = Uncached(size)
+    device.write_nowait(0, b"x" * size)
+    async with serving(device) as harness:
+        wire = await harness.open()
+        for cookie in (1, 2):
+            await wire.stream.send_all(client.request(client.READ, 0, size, cookie=cookie))
+        await trio.testing.wait_all_tasks_blocked()
+        assert (await wire.simple(length=size))[1] == 0
+        await wire.exactly(16 + MiB)  # now the second one is being sent, by the task of the first
+        await trio.testing.wait_all_tasks_blocked()
+        await wire.stream.send_all(client.request(client.READ, 0, size, cookie=3))
+        await trio.testing.wait_all_tasks_blocked()
+        await wire.exactly(size - MiB)
+        assert (await wire.simple(length=size))[:2] == (3, 0)

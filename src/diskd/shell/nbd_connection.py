@@ -19,7 +19,7 @@ import itertools
 import socket
 import time
 from collections import deque
-from typing import Final, Protocol, runtime_checkable
+from typing import Final
 
 import structlog
 import trio
@@ -35,7 +35,7 @@ from diskd.core.ports import Device, Export, ExportCatalog, InPlace
 from diskd.errors import NoSuchExport
 from diskd.shell.nbd_linger import Company, Lingering
 from diskd.shell.nbd_memory import OWN_BYTES, Pool, Share
-from diskd.shell.nbd_requests import carry_out, cost_of, facts_of
+from diskd.shell.nbd_requests import ReadsInto, ServesInPlace, carry_out, cost_of, facts_of
 
 # A client that haggles longer is not going to start; opening an export may have to wait for a drain.
 HANDSHAKE_SECONDS_MAX: Final = 30.0
@@ -62,18 +62,6 @@ _READ: Final = Command.READ
 _WRITE: Final = Command.WRITE
 
 log = structlog.get_logger("nbd")
-
-
-@runtime_checkable
-class ServesInPlace(InPlace, Protocol):
-    """A device that the plain requests can be served from."""
-
-
-@runtime_checkable
-class ReadsInto(Protocol):
-    """A device that can also read into memory of ours: False where ``read_nowait`` answers None."""
-
-    def read_into_nowait(self, offset: int, buffer: bytearray) -> bool: ...
 
 
 class Connection:
@@ -447,21 +435,30 @@ class Connection:
             share = await self._pool.take(size_bytes, self.drop)
         return share
 
+    async def _find_room(self, cost: int, share: Share | None) -> Share | None:
+        """Wait until a request may begin; what it has of the pool then. A small one never queues there: where
+        nothing is free, it waits for what the connection has of its own."""
+        while True:
+            room, used = self._room, self._in_flight_bytes + cost
+            if not self._in_flight or (self._in_flight < IN_FLIGHT_MAX and used <= IN_FLIGHT_BYTES_MAX):
+                if share is not None or used <= OWN_BYTES:
+                    return share
+                if cost > OWN_BYTES:
+                    return await self._take_share(cost)
+                if (share := self._pool.take_nowait(cost, self.drop)) is not None:
+                    return share
+            await self._flush()
+            await room.wait()
+
     async def _begin(
         self, request: Request, share: Share | None, tasks: trio.Nursery, export: Export
     ) -> None:
         """Start a task for the request, once there is room for it. ``share``: what its payload has."""
         cost = cost_of(request, len(self._session.contexts))
+        if share is not None:
+            share.peer_since = None
         try:
-            if share is not None:
-                share.peer_since = None
-            while self._in_flight and (
-                self._in_flight >= IN_FLIGHT_MAX or self._in_flight_bytes + cost > IN_FLIGHT_BYTES_MAX
-            ):
-                await self._flush()
-                await self._room.wait()
-            if share is None and self._in_flight_bytes + cost > OWN_BYTES:
-                share = await self._take_share(cost)
+            share = await self._find_room(cost, share)
         except trio.Cancelled:
             self._pool.give(share)
             self._session.reply_error(request, errno.ESHUTDOWN, self.reason)

@@ -1,17 +1,29 @@
-"""What one request asks of an export, and what it costs; what a client is told of an export."""
+"""What one request asks of an export, and what it costs; what a device can do, and a client is told."""
 
-from typing import Final
+from typing import Final, Protocol, runtime_checkable
 
 from diskd.core import nbd_wire as wire
 from diskd.core.nbd_haggling import ExportFacts
 from diskd.core.nbd_session import Request, Session
 from diskd.core.nbd_wire import Command, Descriptor
-from diskd.core.ports import Export
+from diskd.core.ports import Export, InPlace
 
 _WITH_PAYLOAD: Final = (Command.READ, Command.WRITE)
 # As objects of this process, until they are bytes on the wire.
 _DESCRIPTOR_BYTES: Final = 64
 _STATUS_BYTES: Final = wire.DESCRIPTORS_MAX * _DESCRIPTOR_BYTES
+
+
+@runtime_checkable
+class ServesInPlace(InPlace, Protocol):
+    """A device that the plain requests can be served from."""
+
+
+@runtime_checkable
+class ReadsInto(Protocol):
+    """A device that can also read into memory of ours: False where ``read_nowait`` answers None."""
+
+    def read_into_nowait(self, offset: int, buffer: bytearray) -> bool: ...
 
 
 def facts_of(export: Export) -> ExportFacts:
