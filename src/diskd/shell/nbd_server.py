@@ -16,6 +16,7 @@ import structlog
 import trio
 
 from daemonkit.errors import InvariantBroken, OperatorError
+from daemonkit.keepalive import notice_lost_peer
 from daemonkit.ports import Address, listening_failed
 from daemonkit.units import MINUTE, SECOND
 from diskd.core.ports import ExportCatalog
@@ -165,11 +166,9 @@ def _peer_name(sock: socket.socket) -> str:
 def _tune(sock: socket.socket) -> None:
     if sock.family == socket.AF_UNIX:
         return
+    notice_lost_peer(sock)
     with contextlib.suppress(OSError):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        # A host that loses power says no goodbye; without this its connection would stay for ever.
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT_BYTES)
 
 
