@@ -33,6 +33,7 @@ import trio
 from daemonkit.codec import decode, encode
 from daemonkit.errors import HoldfastError, InvariantBroken, OperatorError, ProtocolError, plain
 from daemonkit.frames import FrameReader, frame
+from daemonkit.keepalive import notice_lost_peer
 from daemonkit.methods import Method
 from daemonkit.ports import Address, listening_failed
 from daemonkit.schema import SchemaError, structure, unstructure
@@ -357,6 +358,7 @@ async def serve(
 
     async def accept(stream: trio.SocketStream) -> None:
         peer = _peer_name(stream)
+        notice_lost_peer(stream)
         try:
             slots.acquire_nowait()
         except trio.WouldBlock:
@@ -465,6 +467,7 @@ async def connect(address: Address, *, key: bytes | None = None) -> AsyncIterato
         reason = error.strerror or "connection refused"
         hint = "does its daemon run, and is that its control address (its ready line tells)?"
         raise CallFailed(f"cannot connect to {address}: {reason}: {hint}") from error
+    notice_lost_peer(stream)
     connection = _Connection(stream, frame_bytes_max=REPLY_BYTES_MAX)
     try:
         await _greet(connection, address, key)

@@ -9,7 +9,7 @@ import pytest
 
 from diskd.core import nbd_wire as wire
 from diskd.core.nbd_haggling import Ended, ExportFacts, ExportWanted, NamesWanted
-from diskd.core.nbd_session import Event, Request, Session, State
+from diskd.core.nbd_session import Event, Request, RoomWanted, Session, State
 from diskd.core.nbd_wire import Command, NbdError, Rep
 
 MiB = 1 << 20
@@ -27,6 +27,8 @@ class Peer:
         self.facts = facts
         assert len(self.output()) == client.GREETING_BYTES
         self.events: list[Event] = []
+        self.rooms: list[int] = []
+        self.has_room = True
 
     def output(self) -> bytes:
         return b"".join(self.session.take_output())
@@ -53,6 +55,12 @@ class Peer:
                     self.session.export_refused(Rep.ERR_POLICY, "not for you")
                 else:
                     self.session.export_found(self.facts)
+            elif isinstance(event, RoomWanted):
+                self.rooms.append(event.length)
+                if self.has_room:
+                    self.session.grant_room()
+                else:
+                    self.session.refuse_room(errno.ENOMEM, "no room")
             else:
                 self.events.append(event)
 
@@ -250,6 +258,17 @@ def test_contexts_hold_for_the_export_they_were_chosen_for() -> None:
     assert peer.requests(client.request(client.BLOCK_STATUS, 0, 512))[0].error == errno.EINVAL
 
 
+def test_only_so_many_contexts_are_chosen_at_a_time() -> None:
+    points = tuple(f"rp-{number}" for number in range(65))
+    peer = Peer(attrs.evolve(FACTS, points=points))
+    peer.send(client.FIXED_NO_ZEROES + client.option(client.STRUCTURED))
+    queries = ["base:allocation", *(f"qemu:dirty-bitmap:{point}" for point in points)]
+    assert peer.options(client.meta("disk", *queries[:64]))[-1].kind == client.ACK
+    assert len(peer.session.contexts) == 64
+    assert [reply.kind for reply in peer.options(client.meta("disk", *queries[:65]))] == [client.ERR_TOO_BIG]
+    assert peer.session.contexts == ()
+
+
 def test_a_context_whose_point_has_gone_is_never_answered_for() -> None:
     peer = haggling_peer()
     peer.options(client.option(client.STRUCTURED) + client.meta("disk", "qemu:dirty-bitmap:rp-1"))
@@ -325,6 +344,17 @@ def test_a_large_payload_arrives_whole() -> None:
     assert isinstance(write, Request)
     assert write.fua
     assert bytes(write.data) == data
+
+
+def test_a_large_payload_is_asked_about_before_any_memory_is_taken() -> None:
+    peer = open_peer()
+    peer.has_room = False
+    large = client.request(client.WRITE, 4096, data=bytes(MiB + 1), cookie=5)
+    small = client.request(client.WRITE, 4096, data=bytes(MiB), cookie=6)
+    events = peer.send(large + small + large + client.request(client.FLUSH, cookie=7))
+    assert peer.rooms == [MiB + 1, MiB + 1]
+    assert [event.cookie for event in events if isinstance(event, Request)] == [6, 7]
+    assert [(reply.cookie, reply.error) for reply in client.replies(peer.output())] == [(5, errno.ENOMEM)] * 2
 
 
 def test_replies_of_both_kinds() -> None:

@@ -12,6 +12,7 @@ from nbd_catalog import FakeCatalog
 from daemonkit.ports import Address
 from diskd.core.ports import Device
 from diskd.shell.memory_device import MemoryDevice
+from diskd.shell.nbd_memory import Pool
 from diskd.shell.nbd_server import NbdServer
 
 MiB = 1 << 20
@@ -99,10 +100,14 @@ class Harness:
 
 @contextlib.asynccontextmanager
 async def serving(
-    device: Device | None = None, *, connections_max: int = 8, kind: type[FakeCatalog] = FakeCatalog
+    device: Device | None = None,
+    *,
+    connections_max: int = 8,
+    kind: type[FakeCatalog] = FakeCatalog,
+    pool: Pool | None = None,
 ) -> AsyncIterator[Harness]:
     catalog = kind({"disk": device or MemoryDevice(8 * MiB), "other": MemoryDevice(1 * MiB)})
-    server = NbdServer(catalog, connections_max=connections_max)
+    server = NbdServer(catalog, connections_max=connections_max, pool=pool)
     with trio.fail_after(20):
         async with trio.open_nursery() as nursery:
             address = await nursery.start(server.serve_tcp, Address("127.0.0.1", 0))

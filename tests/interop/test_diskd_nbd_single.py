@@ -54,6 +54,21 @@ async def test_a_raw_file_for_libnbds_tools(tmp_path: Path) -> None:
     assert path.read_bytes() == other
 
 
+async def test_a_map_of_many_extents_is_true(tmp_path: Path) -> None:
+    """A fragmented disk has far more runs than one reply: no hole of it is called data."""
+    need("nbdinfo")
+    path = tmp_path / "disk.img"
+    with path.open("wb") as file:
+        file.truncate(128 * MiB)
+        for index in range(6000):
+            os.pwrite(file.fileno(), b"x" * 4096, index * 16384)
+    mapped = await good("nbdinfo", "--json", "--map", "--", "[", DISKD, "nbd", "--raw", str(path), "]")
+    runs = json.loads(mapped.out)
+    assert sum(run["length"] for run in runs) == 128 * MiB
+    assert [run["offset"] for run in runs if run["type"] == 0] == [index * 16384 for index in range(6000)]
+    assert {run["length"] for run in runs if run["type"] == 0} == {4096}
+
+
 async def test_an_image_by_its_name_or_none(tmp_path: Path) -> None:
     need("nbdcopy")
     async with diskd(tmp_path / "root") as daemon:

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import socket
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import attrs
 import pytest
@@ -270,3 +271,24 @@ async def test_another_kind_of_server_is_named_as_such(noise: bytes) -> None:
             async with connect(address):
                 pass
         nursery.cancel_scope.cancel()
+
+
+def _timers(port: int) -> list[str]:
+    """The kernel's timers of both sides of the connections to a port (proc(5), /proc/net/tcp)."""
+    found = []
+    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
+        _, local, remote, state, _, timer, *_ = line.split()
+        ports = {int(address.partition(":")[2], 16) for address in (local, remote)}
+        if state == "01" and port in ports:
+            found.append(timer.partition(":")[0])
+    return found
+
+
+async def test_a_peer_whose_host_has_lost_power_is_noticed_by_both_sides() -> None:
+    """Neither says anything while a client holds an image, or a call takes long."""
+    keepalive = "02"
+    async with running() as (_, address), connect(address) as client:
+        assert await client.call(ECHO, Text("on")) == Text("on")
+        with trio.fail_after(10):
+            while _timers(address.port) != [keepalive, keepalive]:  # noqa: ASYNC110 - the kernel's doing
+                await trio.sleep(0.01)

@@ -237,3 +237,39 @@ async def test_a_lease_that_cannot_be_made_durable_is_not_answered(storage: Host
         lock.rmdir()
         await library.acquire_lease("a", 3, "n2/web")
         assert client.dropped
+
+
+async def test_a_promoted_connection_is_sent_home_when_its_image_is_handed_over(storage: Hosts):
+    """It was prepared here, so the handover's epoch does not fence it; yet this is not the place for it."""
+    async with storage.serving("n1") as library:
+        await library.create_image("a", SIZE)
+        await library.acquire_lease("a", 1, "n1/web")
+        await library.prepare_lease("a", 2, "n2/web")
+        client = Client(library, "a@2")
+        await client.connect()
+        await library.hand_over("a", 2, "n2/web")
+        assert client.dropped == ["image a was handed over to n2/web"]
+        with pytest.raises(OSError, match="handed over") as caught:
+            await client.export.device.read(0, 512)
+        assert caught.value.errno == errno.ESHUTDOWN
+
+
+@pytest.mark.parametrize("verb", ["release_image", "delete_image"])
+async def test_whoever_is_just_connecting_does_not_get_an_image_that_goes(storage: Hosts, verb: str):
+    async with storage.serving("n1") as library:
+        await library.create_image("a", SIZE)
+        client = Client(library, "a")
+        refused: list[str] = []
+
+        async def connect() -> None:
+            try:
+                await client.connect()
+            except Refused as error:
+                refused.append(str(error))
+
+        async with trio.open_nursery() as nursery, library._images["a"]._lock:
+            nursery.start_soon(connect)
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.start_soon(getattr(library, verb), "a")
+            await trio.testing.wait_all_tasks_blocked()
+        assert client.dropped or refused

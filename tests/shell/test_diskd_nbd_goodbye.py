@@ -3,6 +3,7 @@
 import contextlib
 import errno
 from collections.abc import Callable
+from typing import Any
 
 import nbd_client as client
 import pytest
@@ -15,6 +16,9 @@ from diskd.core.ports import Export
 from diskd.shell import nbd_connection
 from diskd.shell.faulty_device import FaultyDevice
 from diskd.shell.memory_device import MemoryDevice
+from diskd.shell.nbd_connection import Connection
+from diskd.shell.nbd_linger import Company
+from diskd.shell.nbd_memory import Pool
 
 ERR_SHUTDOWN = 7 | 1 << 31
 
@@ -121,3 +125,44 @@ async def test_drain_sends_everybody_home() -> None:
         assert harness.server.connections == 0
         for wire in wires:
             await wire.ends()
+
+
+class EndlessPeer:
+    """A socket whose peer always has something more to say, and takes every answer at once."""
+
+    RECEPTIONS_MAX = 20_000
+
+    def __init__(self, first: bytes, more: bytes) -> None:
+        self._first = first
+        self._more = more
+        self.receptions = 0
+
+    def recv_into(self, buffer: memoryview) -> int:
+        self.receptions += 1
+        assert self.receptions < self.RECEPTIONS_MAX, "nobody else has had a turn"
+        said = self._first or self._more
+        self._first = b""
+        buffer[: len(said)] = said
+        return len(said)
+
+    def sendmsg(self, buffers: list[memoryview]) -> int:
+        return sum(map(len, buffers))
+
+
+async def test_a_peer_that_never_stops_does_not_hold_up_its_own_end() -> None:
+    device = FaultyDevice(MemoryDevice(8 * MiB))
+    device.close_gate()
+    catalog = FakeCatalog({"disk": device})
+    flush = client.request(client.FLUSH)
+    peer: Any = EndlessPeer(client.FIXED_NO_ZEROES + client.go("disk") + flush, flush)
+    connection = Connection(peer, "endless", catalog, Company(), Pool())
+    with trio.fail_after(20):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(connection.run)
+            while not device.waiting:
+                await trio.lowlevel.checkpoint()
+            connection.drop("fenced")
+            for _ in range(10):
+                await trio.lowlevel.checkpoint()
+            device.open_gate()
+    assert catalog.open_count == 0

@@ -14,7 +14,7 @@ from nbd_catalog import FakeCatalog
 from nbd_harness import Wire, serving, still_serves
 
 from daemonkit.errors import OperatorError
-from diskd.core.ports import Allocation, ChangeReport
+from diskd.core.ports import Allocation, ChangeReport, Device, Export
 from diskd.shell import nbd_connection
 from diskd.shell.faulty_device import FaultyDevice
 from diskd.shell.memory_device import MemoryDevice
@@ -283,3 +283,90 @@ async def test_a_unix_socket(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("precious")
     with pytest.raises(OperatorError, match="is no socket"):
         await server.serve_unix(str(tmp_path / "file"))
+
+
+class Turns:
+    """Counts the passes of the scheduler, so that a test sees whether others get their turn."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    async def run(self) -> None:
+        while True:
+            await trio.lowlevel.checkpoint()
+            self.count += 1
+
+
+class TurnCatalog(FakeCatalog):
+    """Notes at which turn each question was asked."""
+
+    def __init__(self, devices: dict[str, Device], *, multi_conn: bool = True) -> None:
+        super().__init__(devices, multi_conn=multi_conn)
+        self.turns = Turns()
+        self.asked: list[int] = []
+
+    async def info(self, name: str) -> Export:
+        self.asked.append(self.turns.count)
+        return await super().info(name)
+
+
+async def test_a_flood_of_options_lets_others_have_their_turn() -> None:
+    async with serving(kind=TurnCatalog) as harness, trio.open_nursery() as nursery:
+        catalog = harness.catalog
+        assert isinstance(catalog, TurnCatalog)
+        nursery.start_soon(catalog.turns.run)
+        wire = await harness.connect()
+        await wire.greet()
+        await wire.stream.send_all(client.option(client.STRUCTURED))
+        await wire.stream.send_all(client.meta("disk", *["x"] * 200, number=client.LIST_META) * 100)
+        for _ in range(101):
+            await wire.haggle(b"")
+        assert len(catalog.asked) == 100
+        # Of two tasks that take turns, one may go twice between two goes of the other, and no more.
+        assert len(set(catalog.asked)) >= 50, "several options in one turn"
+        nursery.cancel_scope.cancel()
+
+
+async def test_who_never_chooses_an_export_makes_way_for_who_does() -> None:
+    async with serving(connections_max=3) as harness:
+        served = await harness.open()
+        silent = [await harness.connect() for _ in range(4)]
+        for wire in silent:
+            with contextlib.suppress(EOFError):
+                await wire.greet()
+        await still_serves(harness)
+        await served.stream.send_all(client.request(client.READ, 0, 512, cookie=6))
+        assert await served.simple(length=512) == (6, 0, bytes(512))
+        await silent[0].ends()
+
+
+class Uncached(MemoryDevice):
+    """Nothing can be read without a wait."""
+
+    def read_nowait(self, offset: int, length: int) -> bytes | None:
+        return None
+
+    async def read(self, offset: int, length: int) -> bytes:
+        await trio.lowlevel.checkpoint()
+        data = super().read_nowait(offset, length)
+        assert data is not None
+        return data
+
+
+async def test_a_request_that_waits_for_room_gets_it_also_behind_a_slow_reader() -> None:
+    """Two replies fill the room; both are with the kernel or on their way as the third request arrives."""
+    size = 64 * MiB
+    device = Uncached(size)
+    device.write_nowait(0, b"x" * size)
+    async with serving(device) as harness:
+        wire = await harness.open()
+        for cookie in (1, 2):
+            await wire.stream.send_all(client.request(client.READ, 0, size, cookie=cookie))
+        await trio.testing.wait_all_tasks_blocked()
+        assert (await wire.simple(length=size))[1] == 0
+        await wire.exactly(16 + MiB)  # now the second one is being sent, by the task of the first
+        await trio.testing.wait_all_tasks_blocked()
+        await wire.stream.send_all(client.request(client.READ, 0, size, cookie=3))
+        await trio.testing.wait_all_tasks_blocked()
+        await wire.exactly(size - MiB)
+        assert (await wire.simple(length=size))[:2] == (3, 0)

@@ -120,7 +120,7 @@ def walk(
                     raise ValueError(f"allocation at {position} is answered with a gap")
                 position += piece.length
                 yield piece
-            if position != offset + portion:
+            if not offset < position <= offset + portion:
                 raise ValueError(f"allocation of {offset}+{portion} is answered up to {position}")
             offset = position
 

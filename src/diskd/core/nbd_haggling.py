@@ -188,6 +188,10 @@ class Haggling:
                 return False
             case Option.SET_META_CONTEXT:
                 chosen = wire.matching_contexts(asked.queries, facts.points, listing=False)
+                if len(chosen) > wire.CONTEXTS_MAX:
+                    message = f"choose at most {wire.CONTEXTS_MAX} metadata contexts at a time"
+                    self._reply(asked.option, Rep.ERR_TOO_BIG, message.encode())
+                    return False
                 self.contexts, self._contexts_of = tuple(enumerate(chosen, start=1)), asked.name
                 for context_id, name in self.contexts:
                     self._reply(asked.option, Rep.META_CONTEXT, wire.meta_context(context_id, name))

@@ -19,7 +19,8 @@ Theory of operation. The owner moves bytes and answers questions; this machine k
 A request that cannot be granted costs only itself. NbdError, raised by next_event, means that the framing
 is lost: the connection must be closed. A large payload is received straight into a buffer of its own:
 receive_buffer points into it until it is full. That memory is asked for only after the header was
-validated, and is at most REQUEST_BYTES_MAX.
+validated, and is at most REQUEST_BYTES_MAX; of more than PAYLOAD_FREE_MAX the owner is asked first
+(``RoomWanted``), and nothing is parsed until he has answered.
 """
 
 import enum
@@ -46,6 +47,8 @@ from diskd.core.nbd_wire import (
 BUFFER_BYTES: Final = 256 << 10
 # A longer payload that is not complete yet gets memory of its own, into which the rest is received.
 PAYLOAD_BUFFERED_MAX: Final = 64 << 10
+# What a payload may take without a question.
+PAYLOAD_FREE_MAX: Final = 1 << 20
 # After such a payload another one is likely: little of it is taken before its header says where it belongs.
 _PEEK_BYTES: Final = 16 << 10
 
@@ -91,7 +94,13 @@ class Request(NamedTuple):
         return self.flags & _REQ_ONE != 0
 
 
-Event: TypeAlias = Question | Request | Ended
+class RoomWanted(NamedTuple):
+    """A WRITE with a payload of ``length`` bytes: answer with grant_room or refuse_room."""
+
+    length: int
+
+
+Event: TypeAlias = Question | Request | RoomWanted | Ended
 
 # The complement of an IntFlag leaves out unknown bits, and these are just what must be found: plain numbers.
 _CLIENT_FLAGS_UNKNOWN: Final = ~int(HandshakeFlag.FIXED_NEWSTYLE | HandshakeFlag.NO_ZEROES)
@@ -145,6 +154,7 @@ class Session:
         self._skip = 0
         self._payload: _Payload | None = None
         self._spare: bytearray | None = None
+        self._room_asked = self._has_room = False
         self._had_payload = False
         self._out: list[bytes | bytearray | memoryview] = [wire.greeting()]
         self._state = State.FLAGS
@@ -310,7 +320,7 @@ class Session:
     def _next_request(self) -> Event | None:
         if self._payload is not None:
             return self._whole_payload()
-        while self._has(wire.REQUEST.size):
+        while not self._room_asked and self._has(wire.REQUEST.size):
             magic, flags, number, cookie, offset, length = wire.REQUEST.unpack_from(self._buffer, self._start)
             if magic != wire.REQUEST_MAGIC:
                 raise NbdError("a request does not begin with its magic")
@@ -365,6 +375,11 @@ class Session:
             # The rest arrives behind it, and more requests with it: the header is looked at again then.
             self._start = start - wire.REQUEST.size
             return None
+        if length > PAYLOAD_FREE_MAX and not self._has_room:
+            self._start = start - wire.REQUEST.size
+            self._room_asked = True
+            return RoomWanted(length)
+        self._has_room = False
         payload, self._spare = self._spare, None
         if payload is None or len(payload) != length:
             payload = bytearray(length)
@@ -372,6 +387,18 @@ class Session:
         self._start = self._end
         self._payload = _Payload(Request(_WRITE, flags, cookie, offset, length), payload, have)
         return None
+
+    def grant_room(self) -> None:
+        """The answer to RoomWanted: that payload is received next."""
+        self._room_asked, self._has_room = False, True
+
+    def refuse_room(self, code: int, message: str) -> None:
+        """The answer to RoomWanted: that request fails, by errno, and its payload is skipped."""
+        self._room_asked = False
+        _, _, _, cookie, _, length = wire.REQUEST.unpack_from(self._buffer, self._start)
+        self._start += wire.REQUEST.size
+        self._skip = length
+        self.reply_failure(cookie, code, message)
 
     def _whole_payload(self) -> Event | None:
         payload = self._payload
@@ -393,8 +420,9 @@ class Session:
     def reply_written(self, request: Request) -> None:
         """Success of a WRITE whose payload nobody needs any more: its memory may take the next one."""
         self._out.append(_pack_simple(wire.SIMPLE_REPLY_MAGIC, 0, request.cookie))
-        if isinstance(request.data, memoryview) and isinstance(request.data.obj, bytearray):
-            self._spare = request.data.obj
+        data = request.data
+        if isinstance(data, memoryview) and isinstance(data.obj, bytearray):
+            self._spare = data.obj if len(data) <= PAYLOAD_FREE_MAX else None
 
     def reply_data(self, request: Request, data: bytes | bytearray) -> None:
         """The bytes that a READ asked for. Zeroes go as holes, where the client can take them."""

@@ -61,6 +61,8 @@ OPTION_BYTES_MAX: Final = 64 << 10
 OPTION_SKIP_BYTES_MAX: Final = 16 * MiB
 # Each query may name one reference point, of which an image keeps at most 511.
 QUERIES_MAX: Final = 1024
+# Each chosen one costs memory with every block status: a backup asks for one point, seldom for two.
+CONTEXTS_MAX: Final = 64
 INFO_REQUESTS_MAX: Final = 64
 # A client needs a handful of options; a thousand means that it will never come to an end.
 OPTIONS_MAX: Final = 1024
@@ -323,6 +325,9 @@ def meta_context(context_id: int, name: str) -> bytes:
     return U32.pack(context_id) + name.encode()
 
 
+_WILDCARDS: Final = frozenset(("base:", "qemu:", DIRTY_BITMAP))
+
+
 def matching_contexts(queries: Sequence[str], points: Iterable[str], *, listing: bool) -> list[str]:
     """The metadata contexts that ``queries`` ask for, each once, in the order in which we list them.
 
@@ -330,17 +335,11 @@ def matching_contexts(queries: Sequence[str], points: Iterable[str], *, listing:
     ``qemu:dirty-bitmap:``). What we do not know is ignored, as the specification demands.
     """
     known = [BASE_ALLOCATION, *(DIRTY_BITMAP + point for point in points)]
-    if not listing:
-        asked = set(queries)
-        return [context for context in known if context in asked]
-    if not queries:
+    if listing and not queries:
         return known
-    wildcards = {"base:", "qemu:", DIRTY_BITMAP}
-    return [
-        context
-        for context in known
-        if any(query == context or (query in wildcards and context.startswith(query)) for query in queries)
-    ]
+    asked = set(queries)
+    beginnings = tuple(asked & _WILDCARDS) if listing else ()
+    return [context for context in known if context in asked or context.startswith(beginnings)]
 
 
 Descriptor = tuple[int, int]

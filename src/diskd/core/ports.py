@@ -60,7 +60,8 @@ class Device(Protocol):
     async def trim(self, offset: int, length: int, *, fua: bool = False) -> None: ...
     async def flush(self) -> None: ...
     async def allocation(self, offset: int, length: int) -> list[Allocation]:
-        """Ascending and without gaps over exactly the range; at most a few thousand entries a call."""
+        """Ascending and without gaps from ``offset`` on, at least one entry, none beyond the range. After a
+        few thousand entries it may end before the range does: ask again for the rest."""
         ...
 
 

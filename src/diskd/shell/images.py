@@ -282,6 +282,8 @@ class Images:
         path, shared, me = self._directory / name, self._settings.shared_dir, self._claimant.me.name
         try:
             if image is not None:
+                with trio.CancelScope(shield=True):  # out of the catalog already: it is closed in any case
+                    await image.retire(f"image {name} was deleted")
                 await image.close()
             async with owning.claimed_for_deletion(path, self._claimant):
                 await trio.to_thread.run_sync(directories.delete, path, shared, me)
@@ -334,6 +336,7 @@ class Images:
         del self._opened[name]
         try:
             await close_records(self._recovery.detach(image, reason))
+            await image.retire(reason)
             await image.stop_merging(reason)
         except trio.Cancelled:
             self._opened[name] = image  # the library stops, and closes what is open

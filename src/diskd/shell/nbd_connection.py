@@ -19,7 +19,7 @@ import itertools
 import socket
 import time
 from collections import deque
-from typing import Final, Protocol, runtime_checkable
+from typing import Final
 
 import structlog
 import trio
@@ -28,12 +28,14 @@ from daemonkit.errors import HoldfastError, InvariantBroken
 from daemonkit.units import MiB
 from diskd.core import nbd_plain
 from diskd.core import nbd_wire as wire
-from diskd.core.nbd_haggling import Ended, ExportFacts, ExportWanted, NamesWanted
-from diskd.core.nbd_session import Request, Session, State
-from diskd.core.nbd_wire import Command, Descriptor, NbdError, Rep
+from diskd.core.nbd_haggling import Ended, ExportWanted, NamesWanted
+from diskd.core.nbd_session import Request, RoomWanted, Session, State
+from diskd.core.nbd_wire import Command, NbdError, Rep
 from diskd.core.ports import Device, Export, ExportCatalog, InPlace
 from diskd.errors import NoSuchExport
 from diskd.shell.nbd_linger import Company, Lingering
+from diskd.shell.nbd_memory import OWN_BYTES, Pool, Share
+from diskd.shell.nbd_requests import ReadsInto, ServesInPlace, carry_out, cost_of, facts_of
 
 # A client that haggles longer is not going to start; opening an export may have to wait for a drain.
 HANDSHAKE_SECONDS_MAX: Final = 30.0
@@ -62,22 +64,12 @@ _WRITE: Final = Command.WRITE
 log = structlog.get_logger("nbd")
 
 
-@runtime_checkable
-class ServesInPlace(InPlace, Protocol):
-    """A device that the plain requests can be served from."""
-
-
-@runtime_checkable
-class ReadsInto(Protocol):
-    """A device that can also read into memory of ours: False where ``read_nowait`` answers None."""
-
-    def read_into_nowait(self, offset: int, buffer: bytearray) -> bool: ...
-
-
 class Connection:
     """``run`` serves it to its end. ``reason`` says afterwards why it ended."""
 
-    def __init__(self, sock: socket.socket, peer: str, catalog: ExportCatalog, company: Company) -> None:
+    def __init__(
+        self, sock: socket.socket, peer: str, catalog: ExportCatalog, company: Company, pool: Pool
+    ) -> None:
         """``sock`` is a plain one that does not block: trio's would pass the scheduler on every call."""
         self._socket = sock
         self._peer = peer
@@ -98,6 +90,8 @@ class Connection:
         self._breathe_at = 0.0
         self._in_flight = 0
         self._in_flight_bytes = 0
+        self._pool = pool
+        self._payload_share: Share | None = None
         self._room = trio.Event()
         self._peer_gone = False
         self.name = ""
@@ -128,6 +122,7 @@ class Connection:
                         await self._send_home()
                 await self._flush()
         finally:
+            self._pool.give(self._payload_share)
             if self._export is not None:
                 self._export.close()
 
@@ -136,7 +131,7 @@ class Connection:
             with trio.fail_after(HANDSHAKE_SECONDS_MAX):
                 await self._haggle()
             if self._export is not None:
-                await self._transmit(tasks, self._export.device)
+                await self._transmit(tasks, self._export)
         except trio.TooSlowError:
             self.reason = f"no export was chosen within {HANDSHAKE_SECONDS_MAX:g} s"
         except NbdError as error:
@@ -166,12 +161,15 @@ class Connection:
             self._refuse_received()
             await self._flush()
             await self._receive()
+            await trio.lowlevel.checkpoint()
 
     def _refuse_received(self) -> None:
         session = self._session
         while (event := session.next_event()) is not None:
             if isinstance(event, Request):
                 session.reply_error(event, errno.ESHUTDOWN, self.reason)
+            elif isinstance(event, RoomWanted):
+                session.refuse_room(errno.ESHUTDOWN, self.reason)
 
     # --- bytes
 
@@ -283,9 +281,12 @@ class Connection:
                 await self._answer_export(event)
             elif isinstance(event, Ended):
                 self.reason = event.reason
-            else:
-                await self._flush()
+            await self._flush()
+            if event is None:
                 await self._receive()
+            else:
+                # One answer may take a while: a flood of options must not take every turn.
+                await trio.lowlevel.checkpoint()
 
     async def _answer_export(self, wanted: ExportWanted) -> None:
         try:
@@ -301,7 +302,7 @@ class Connection:
             message = error.strerror if isinstance(error, OSError) else str(error)
             self._refuse(wanted, Rep.ERR_POLICY, message or str(error))
         else:
-            if self._session.export_found(_facts(export)):
+            if self._session.export_found(facts_of(export)):
                 self._export, self.name = export, wanted.name
                 self._replies.counts = export.counts or self._replies.counts
                 self.opened_at = trio.current_time()
@@ -318,8 +319,8 @@ class Connection:
 
     # --- transmission
 
-    async def _transmit(self, tasks: trio.Nursery, device: Device) -> None:
-        session = self._session
+    async def _transmit(self, tasks: trio.Nursery, export: Export) -> None:
+        session, device = self._session, export.device
         self._reads_into = device if isinstance(device, ReadsInto) else None
         self._in_place = device if isinstance(device, ServesInPlace) else None
         while True:
@@ -327,10 +328,15 @@ class Connection:
             event = None if is_more else session.next_event()
             if isinstance(event, Request):
                 self._requests += 1
-                if not self._serve_in_place(event, device):
-                    await self._begin(event, tasks, device)
+                share, self._payload_share = self._payload_share, None
+                if self._serve_in_place(event, device):
+                    self._pool.give(share)
+                else:
+                    await self._begin(event, share, tasks, export)
                 if self._batch_bytes >= BATCH_BYTES_MAX:
                     await self._flush()
+            elif isinstance(event, RoomWanted):
+                await self._make_room(event)
             elif isinstance(event, Ended):
                 self.reason = event.reason
                 return
@@ -412,36 +418,72 @@ class Connection:
         self._spare.append(self._lent.pop())
         return None
 
-    async def _begin(self, request: Request, tasks: trio.Nursery, device: Device) -> None:
-        """Start a task for the request, once there is room for it."""
-        cost = request.length if request.command in (Command.READ, Command.WRITE) else 0
-        while self._in_flight and (
-            self._in_flight >= IN_FLIGHT_MAX or self._in_flight_bytes + cost > IN_FLIGHT_BYTES_MAX
-        ):
-            try:
-                await self._flush()
-                await self._room.wait()
-            except trio.Cancelled:
-                self._session.reply_error(request, errno.ESHUTDOWN, self.reason)
-                raise
+    async def _make_room(self, wanted: RoomWanted) -> None:
+        """For the payload of a large write, which is received only then."""
+        try:
+            self._payload_share = await self._take_share(wanted.length)
+        except trio.Cancelled:
+            self._session.refuse_room(errno.ESHUTDOWN, self.reason)
+            raise
+        self._payload_share.peer_since = trio.current_time()
+        self._session.grant_room()
+
+    async def _take_share(self, size_bytes: int) -> Share:
+        share = self._pool.take_nowait(size_bytes, self.drop)
+        if share is None:
+            await self._flush()
+            share = await self._pool.take(size_bytes, self.drop)
+        return share
+
+    async def _find_room(self, cost: int, share: Share | None) -> Share | None:
+        """Wait until a request may begin; what it has of the pool then. A small one never queues there: where
+        nothing is free, it waits for what the connection has of its own."""
+        while True:
+            room, used = self._room, self._in_flight_bytes + cost
+            if not self._in_flight or (self._in_flight < IN_FLIGHT_MAX and used <= IN_FLIGHT_BYTES_MAX):
+                if share is not None or used <= OWN_BYTES:
+                    return share
+                if cost > OWN_BYTES:
+                    return await self._take_share(cost)
+                if (share := self._pool.take_nowait(cost, self.drop)) is not None:
+                    return share
+            await self._flush()
+            await room.wait()
+
+    async def _begin(
+        self, request: Request, share: Share | None, tasks: trio.Nursery, export: Export
+    ) -> None:
+        """Start a task for the request, once there is room for it. ``share``: what its payload has."""
+        cost = cost_of(request, len(self._session.contexts))
+        if share is not None:
+            share.peer_since = None
+        try:
+            share = await self._find_room(cost, share)
+        except trio.Cancelled:
+            self._pool.give(share)
+            self._session.reply_error(request, errno.ESHUTDOWN, self.reason)
+            raise
         self._in_flight += 1
         self._in_flight_bytes += cost
-        tasks.start_soon(self._serve_waiting, request, cost, device)
+        tasks.start_soon(self._serve_waiting, request, cost, share, export)
 
-    async def _serve_waiting(self, request: Request, cost: int, device: Device) -> None:
+    async def _serve_waiting(self, request: Request, cost: int, share: Share | None, export: Export) -> None:
         try:
-            await self._execute(request, device)
+            await self._execute(request, export)
+            if share is not None:
+                share.peer_since = trio.current_time()
             await self._flush()
         finally:
+            self._pool.give(share)
             self._in_flight -= 1
             self._in_flight_bytes -= cost
             self._room.set()
             self._room = trio.Event()
 
-    async def _execute(self, request: Request, device: Device) -> None:
+    async def _execute(self, request: Request, export: Export) -> None:
         session = self._session
         try:
-            await self._carry_out(request, device)
+            await carry_out(request, session, export)
         except OSError as error:
             session.reply_error(request, error.errno, error.strerror or str(error))
         except InvariantBroken:
@@ -453,48 +495,3 @@ class Connection:
         except Exception:
             log.exception("nbd.request_failed", export=self.name, command=request.command.name)
             session.reply_error(request, errno.EIO, "internal error, see the log of diskd")
-
-    async def _carry_out(self, request: Request, device: Device) -> None:
-        offset, length, fua = request.offset, request.length, request.fua
-        match request.command:
-            case Command.READ:
-                self._session.reply_data(request, await device.read(offset, length))
-                return
-            case Command.BLOCK_STATUS:
-                self._session.reply_status(request, await self._status(request, device))
-                return
-            case Command.WRITE:
-                await device.write(offset, request.data, fua=fua)
-            case Command.WRITE_ZEROES:
-                await device.write_zeroes(offset, length, may_trim=request.may_trim, fua=fua)
-            case Command.TRIM:
-                await device.trim(offset, length, fua=fua)
-            case Command.FLUSH:
-                await device.flush()
-        self._session.reply_done(request)
-
-    async def _status(self, request: Request, device: Device) -> list[tuple[int, list[Descriptor]]]:
-        count_max = 1 if request.wants_one else wire.DESCRIPTORS_MAX
-        answers = []
-        for context_id, name in self._session.contexts:
-            if name == wire.BASE_ALLOCATION:
-                runs = await device.allocation(request.offset, request.length)
-                found = wire.allocation_descriptors(runs, count_max=count_max)
-            else:
-                assert self._export is not None
-                report = self._export.contexts[name.removeprefix(wire.DIRTY_BITMAP)]
-                extents = (await report()).extents
-                found = wire.dirty_descriptors(extents, request.offset, request.length, count_max=count_max)
-            answers.append((context_id, found))
-        return answers
-
-
-def _facts(export: Export) -> ExportFacts:
-    return ExportFacts(
-        size_bytes=export.device.size_bytes,
-        is_read_only=export.device.is_read_only,
-        multi_conn=export.multi_conn,
-        preferred_block_bytes=export.preferred_block_bytes,
-        points=tuple(export.contexts),
-        fast_zero=export.fast_zero,
-    )

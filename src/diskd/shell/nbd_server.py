@@ -16,14 +16,17 @@ import structlog
 import trio
 
 from daemonkit.errors import InvariantBroken, OperatorError
+from daemonkit.keepalive import notice_lost_peer
 from daemonkit.ports import Address, listening_failed
-from daemonkit.units import SECOND
+from daemonkit.units import MINUTE, SECOND
 from diskd.core.ports import ExportCatalog
+from diskd.core.seldom import Seldom
 from diskd.core.statistics import ClientStats
 from diskd.shell.nbd_connection import DROP_SECONDS_MAX, Connection
 from diskd.shell.nbd_linger import Company
+from diskd.shell.nbd_memory import Pool
 
-# Each takes two file descriptors at most and, when busy, IN_FLIGHT_BYTES_MAX of memory.
+# Each takes two file descriptors at most and, when busy, nbd_memory.OWN_BYTES beside its buffers.
 CONNECTIONS_MAX: Final = 512
 # Fewer wake-ups for large replies than with trio's default of 16 KiB; still little is queued in the kernel.
 _UNSENT_BYTES: Final = 1 << 20
@@ -34,12 +37,17 @@ log = structlog.get_logger("nbd")
 class NbdServer:
     """Serves the exports of one catalog on any number of listeners."""
 
-    def __init__(self, catalog: ExportCatalog, *, connections_max: int = CONNECTIONS_MAX) -> None:
+    def __init__(
+        self, catalog: ExportCatalog, *, connections_max: int = CONNECTIONS_MAX, pool: Pool | None = None
+    ) -> None:
         self._catalog = catalog
         self._connections: dict[Connection, str] = {}
         self._connections_max = connections_max
         self._company = Company()
+        self._pool = pool or Pool()
         self._changed = trio.Event()
+        self._full = Seldom(MINUTE)
+        self._leaving: set[Connection] = set()
 
     @property
     def connections(self) -> int:
@@ -100,11 +108,11 @@ class NbdServer:
         with sock:
             sock.setblocking(False)
             peer = _peer_name(sock)
-            if len(self._connections) >= self._connections_max:
-                log.warning("nbd.too_many_connections", peer=peer, limit=self._connections_max)
+            if len(self._connections) >= self._connections_max and not self._make_way():
+                self._say_full(peer)
                 return
             _tune(sock)
-            connection = Connection(sock, peer, self._catalog, self._company)
+            connection = Connection(sock, peer, self._catalog, self._company, self._pool)
             self._connections[connection] = peer
             try:
                 await connection.run()
@@ -117,10 +125,26 @@ class NbdServer:
                 log.exception("nbd.connection_failed", peer=peer)
             finally:
                 del self._connections[connection]
+                self._leaving.discard(connection)
                 self._changed.set()
                 self._changed = trio.Event()
                 say = log.info if connection.name else log.debug
                 say("nbd.closed", peer=peer, export=connection.name, reason=connection.reason)
+
+    def _make_way(self) -> bool:
+        """Send whoever has haggled longest home: who gets nowhere must not keep out a guest who returns."""
+        for connection in self._connections:
+            if not connection.name and connection not in self._leaving:
+                self._leaving.add(connection)
+                connection.drop("it had not chosen an export yet, and others want to connect")
+                return True
+        return False
+
+    def _say_full(self, peer: str) -> None:
+        silenced = self._full.ask("", int(trio.current_time() * SECOND))
+        if silenced is not None:
+            limit = self._connections_max
+            log.warning("nbd.too_many_connections", peer=peer, limit=limit, silenced=silenced)
 
     async def drain(self, reason: str) -> None:
         """Drop all connections and wait until they have ended; bounded by their own limit."""
@@ -142,11 +166,9 @@ def _peer_name(sock: socket.socket) -> str:
 def _tune(sock: socket.socket) -> None:
     if sock.family == socket.AF_UNIX:
         return
+    notice_lost_peer(sock)
     with contextlib.suppress(OSError):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        # A host that loses power says no goodbye; without this its connection would stay for ever.
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT_BYTES)
 
 

@@ -52,6 +52,7 @@ class OpenImage:
         self.stuck: str | None = None  # why its AVHD cannot be merged before it is reopened
         self._lock = trio.Lock()  # one change of the lease, or of who holds it, at a time
         self._sessions: list[Session] = []
+        self._retired: str | None = None  # why nobody connects any more
         self._merges: list[tuple[trio.CancelScope, trio.Event]] = []
         self._merges_end: str | None = None  # why none begins any more
 
@@ -109,6 +110,7 @@ class OpenImage:
 
         Storage that hangs makes that wait long; the files must stay open for as long as calls use them."""
         self.image.fail(reason)
+        self._retired = reason
         sessions = list(self._sessions)
         for session in sessions:
             session.revoked = session.revoked or reason
@@ -119,6 +121,14 @@ class OpenImage:
         await self.stop_merging(reason)
         async with self._lock, self.image.flush_turn, self.image.catalogue_turn, self.image.commit_turn:
             self.abandon()
+
+    async def retire(self, reason: str) -> None:
+        """Nobody connects any more. Return when what was submitted is finished and all are sent home."""
+        self._retired = reason
+        async with self._lock:
+            for session in self._sessions:
+                session.revoked = session.revoked or reason
+            await self._end(list(self._sessions))
 
     async def stop_merging(self, reason: str) -> None:
         """Return when nothing is merged any more, nor will be; whoever has the image next goes on."""
@@ -197,6 +207,8 @@ class OpenImage:
     async def open_session(self, epoch: int | None, drop: Callable[[str], None]) -> Export:
         """Raises Refused: a policy answer."""
         async with self._lock:
+            if self._retired is not None:
+                raise Refused(self._retired)
             claim = lease.admit(self.lease_state, epoch)
             if epoch is not None:
                 # One connection at a time under one epoch: the newer one is the client's idea of the truth.

@@ -160,10 +160,6 @@ class OverlayLayer:
                 _join(found, Allocation(low, high - low, "data" if state == DATA else "zero"))
             if len(found) >= _ALLOCATIONS_MAX:
                 break
-        end = found[-1].offset + found[-1].length
-        if end < offset + length:
-            # The answer covers exactly the range: what was not looked at may be data.
-            _join(found, Allocation(end, offset + length - end, "data"))
         return found
 
     # --- writing ---------------------------------------------------------------------------------------

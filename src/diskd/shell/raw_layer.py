@@ -147,10 +147,10 @@ class RawLayer:
         return await self._in_thread(self.allocation_blocking, offset, length)
 
     def allocation_blocking(self, offset: int, length: int) -> list[Allocation]:
-        """Data and holes of a range, without gaps; for a worker thread."""
+        """As Device.allocation, for a worker thread."""
         found: list[Allocation] = []
         position, end = offset, offset + length
-        while position < end:
+        while position < end and len(found) < ALLOCATIONS_MAX:
             try:
                 data = min(end, os.lseek(self._descriptor, position, os.SEEK_DATA))
             except OSError as error:
@@ -160,9 +160,7 @@ class RawLayer:
             if data > position:
                 found.append(Allocation(position, data - position, "hole"))
             if data < end:
-                # With so many runs the rest is called data, which is always safe to read.
-                full = len(found) >= ALLOCATIONS_MAX
-                hole = end if full else min(end, os.lseek(self._descriptor, data, os.SEEK_HOLE))
+                hole = min(end, os.lseek(self._descriptor, data, os.SEEK_HOLE))
                 found.append(Allocation(data, hole - data, "data"))
                 position = hole
             else:
