@@ -172,7 +172,9 @@ async def test_a_lease_is_not_changed_by_who_has_lost_the_image(storage: Hosts):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", ["lock gone", "another lock", "record gone", "older record", "damaged record"])
+@pytest.mark.parametrize(
+    "what", ["lock gone", "another lock", "record gone", "older record", "damaged record"]
+)
 async def test_an_image_whose_lock_or_record_is_not_what_it_was_is_not_served(storage: Hosts, what: str):
     """The look every few seconds finds it, whatever it is; the other images are served on."""
     directory = storage.root / "images" / "a"
