@@ -1,5 +1,8 @@
 """T1, T2, T3 in the simulator: a crash at every step of everything, and again during recovery."""
 
+import errno
+import itertools
+
 import pytest
 from step_contract import steps
 
@@ -44,6 +47,46 @@ def test_without_a_crash_every_answer_is_exact() -> None:
         image.settle()
         assert image.power_on().how == "clean"
         image.check_complete()
+
+
+def after_a_failed_sync(seed: int, fails_at: int) -> SimImage | None:
+    """Everything at once until a sync fails, which is the end of the image as it was opened; None where there
+    were not so many."""
+    image = prepared(seed)
+    syncs = itertools.count()
+    image.disk.fail_when = lambda step: (
+        errno.EIO if isinstance(step, Sync) and next(syncs) == fails_at else None
+    )
+    begin_story(image)
+    try:
+        image.settle()
+    except OSError:
+        image.disk.fail_when = lambda step: None
+        crash(image, "daemon")
+        return image
+    return None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [2, 3, 10])  # the last one missed a change
+def test_what_a_failed_sync_left_in_the_page_cache_is_not_relied_upon(seed: int) -> None:
+    """Reopened, the image reads what the disk does not have. Then power is lost, before anything of it is
+    written again."""
+    for fails_at in itertools.count():
+        image = after_a_failed_sync(seed, fails_at)
+        if image is None:
+            break
+        assert image.power_on().how in ("daemon_crash", "resized")
+        image.check_complete()
+        for _ in range(6):
+            image.spawn(image.random_write())
+        image.settle()
+        image.spawn(image.sync())
+        image.settle()
+        crash(image, "power")
+        assert image.power_on().how == "power_loss"
+        image.check()
+    assert fails_at > 10
 
 
 def damage(image: SimImage) -> None:
