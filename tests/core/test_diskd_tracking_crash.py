@@ -6,6 +6,7 @@ import itertools
 import pytest
 from step_contract import steps
 
+from diskd.core import mrt
 from diskd.core.steps import Sync, Truncate
 from diskd.errors import Damaged, NoSuchPoint
 from diskd.sim.image import SimImage
@@ -143,6 +144,21 @@ def test_damage_is_refused_and_never_a_silent_gap(kind: str) -> None:
         check_or_refused(image)
         assert image.changes_since(image.tracker.catalogue.points[-1].id).exact
     assert answers == {True, False}
+
+
+@pytest.mark.parametrize(("kind", "grace_ns"), [("daemon", 5 * 10**9), ("power", 10 * 10**9)])
+def test_how_much_later_than_it_was_said_the_raw_file_may_have_changed(kind: str, grace_ns: int) -> None:
+    """T4: by one flush interval (5 s in the simulator) after a daemon's crash, by two after a power loss."""
+    for late_ns in (0, 1):
+        image = prepared(1)
+        image.spawn(image.random_write())
+        image.settle()
+        header = image.disk.run(mrt.load_header(image.identity))
+        table = image.disk.run(mrt.load_table(image.identity, image.tracker.generation))
+        said_ns = image.tracker.area.time_ns if kind == "daemon" else max(header.time_ns, table.time_ns)
+        crash(image, kind)
+        image.raw_time_ns = said_ns + grace_ns + late_ns
+        assert (image.power_on().how == "new_generation") == bool(late_ns)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -156,7 +156,7 @@ async def test_inexact_stays_inexact_whatever_becomes_of_the_interval(place: Pla
         between = await cut(image, 2)
         assert told(image) == (False, over)
         await image.delete_point(between)
-        await cut(image, 3)
+        third = await cut(image, 3)
         assert len(image.tracker.catalogue.segments) == 1, "the intervals are joined"
         assert told(image) == (False, over)
         await image.close()
@@ -166,11 +166,19 @@ async def test_inexact_stays_inexact_whatever_becomes_of_the_interval(place: Pla
     place.lose_power()
     async with open_image(place) as image:
         assert told(image) == (False, 2 * over)
-        await resizing.grow(image, 2 * SIZE)
+        await cut(image, 4)
+        await image.delete_point(third)
+        assert len(image.tracker.catalogue.segments) == 1, "joined again"
         assert told(image) == (False, 2 * over)
+        await any_writer(image).write(40 * MiB, b"x")
+    place.lose_power()
+    async with open_image(place) as image:
+        assert told(image) == (False, 3 * over)
+        await resizing.grow(image, 2 * SIZE)
+        assert told(image) == (False, 3 * over)
         await image.close()
     async with open_image(place) as image:
-        assert told(image) == (False, 2 * over)
+        assert told(image) == (False, 3 * over)
         await image.close()
 
 
@@ -180,6 +188,7 @@ async def test_the_part_of_a_block_at_the_old_end_counts_as_changed(place: Place
     async with open_image(place) as image:
         point = await cut(image, 1)
         await resizing.grow(image, SIZE + 8 * MiB)
+        assert image.changes_since(point).extents == [(SIZE, 8 * MiB)]
         await any_writer(image).write(SIZE + tail, b"x")
         later = await cut(image, 2)
         await any_writer(image).write(SIZE + 512, b"y")
