@@ -53,7 +53,7 @@ sim: setup
 	@$(BIN)/clusterd simulate scenarios/pulled-cable --seed $(SEED)
 
 hunt: setup
-	@HUNT_SECONDS=$(HUNT_SECONDS) $(BIN)/python -m holdfast.bench.hunt
+	@HUNT_SECONDS=$(HUNT_SECONDS) HUNT_BREAK=$(BREAK) $(BIN)/python -m holdfast.bench.hunt
 
 broken: setup
 	@$(BIN)/python -m holdfast.bench.broken_rules

@@ -4,11 +4,12 @@ from random import Random
 
 import attrs
 import pytest
+from step_contract import steps
 
 from diskd.core import lease, ownership
 from diskd.core.lease import LeaseState
 from diskd.core.ownership import Daemon, Lost, Owner
-from diskd.core.steps import Remove, Step
+from diskd.core.steps import Create, Remove, Step
 from diskd.errors import Damaged, Refused
 from diskd.sim.disk import Crashed, SimDisk
 
@@ -138,6 +139,27 @@ def test_each_change_is_the_next_number_and_sweeps_what_is_older():
 
 def removed(owner: Owner):
     yield Remove(ownership.file_name(owner.number))
+
+
+def test_a_newer_record_that_cannot_be_read_is_not_overruled():
+    """Whoever has the image now: it is not the daemon whose record is no longer the newest."""
+    disk = SimDisk(Random(1))
+    mine = disk.run(ownership.take(None, ME, 5))
+    disk.run(steps(Create(ownership.file_name(2), b"rot")))
+    for script in (ownership.check(mine), ownership.note_lease(mine, 1, 1), ownership.leave(mine, "closed")):
+        with pytest.raises(Lost, match=r"owner\.2 is damaged"):
+            disk.run(script)
+    assert disk.peek(ownership.file_name(2)) == b"rot"
+
+
+def test_an_older_copy_in_place_of_the_record_is_not_believed():
+    disk = SimDisk(Random(1))
+    older = disk.run(ownership.take(None, ME, 5))
+    mine = disk.run(ownership.note_lease(older, 4, 11))
+    disk.run(removed(mine))
+    disk.run(steps(Create(ownership.file_name(older.number), ownership.encode(older))))
+    with pytest.raises(Lost, match="gone"):
+        disk.run(ownership.check(mine))
 
 
 def test_what_failed_after_it_was_written_is_not_somebody_elses():

@@ -265,6 +265,21 @@ def test_up_to_511_points_and_invalid_ones_make_room() -> None:
     assert catalogue.points[-1].id == point(512)
 
 
+def test_what_is_recorded_is_never_more_than_what_is_read() -> None:
+    """Intervals that cannot be joined add up: a cut is refused before the catalogue is one that contradicts
+    itself, which would cost every point."""
+    catalogue = points.cut(points.empty(GENERATION), point(1), 4096, 0)
+    for number in range(2, 2 + points.POINTS_MAX):
+        catalogue = points.cut(catalogue, point(number), 4096, 0)
+        assert points.decode_catalogue(IDENTITY, points.encode_catalogue(IDENTITY, catalogue)) == catalogue
+        catalogue = points.delete(catalogue, point(number))
+    catalogue = points.cut(catalogue, point(1000), 4096, 0)
+    assert points.decode_catalogue(IDENTITY, points.encode_catalogue(IDENTITY, catalogue)) == catalogue
+    with pytest.raises(Refused, match="delete its oldest points"):
+        points.cut(catalogue, point(1001), 4096, 0)
+    points.check_cut(points.delete(catalogue, point(1)), point(1001))
+
+
 def test_points_are_refused_with_the_reason_and_the_remedy() -> None:
     for asked, reason in ((point(2), "pending"), (point(9), "not known"), ("rp-x", "not known")):
         with pytest.raises(NoSuchPoint, match=f"{reason}.*take a full backup"):

@@ -1,8 +1,12 @@
 """T1, T2, T3 in the simulator: a crash at every step of everything, and again during recovery."""
 
+import errno
+import itertools
+
 import pytest
 from step_contract import steps
 
+from diskd.core import mrt
 from diskd.core.steps import Sync, Truncate
 from diskd.errors import Damaged, NoSuchPoint
 from diskd.sim.image import SimImage
@@ -44,6 +48,46 @@ def test_without_a_crash_every_answer_is_exact() -> None:
         image.settle()
         assert image.power_on().how == "clean"
         image.check_complete()
+
+
+def after_a_failed_sync(seed: int, fails_at: int) -> SimImage | None:
+    """Everything at once until a sync fails, which is the end of the image as it was opened; None where there
+    were not so many."""
+    image = prepared(seed)
+    syncs = itertools.count()
+    image.disk.fail_when = lambda step: (
+        errno.EIO if isinstance(step, Sync) and next(syncs) == fails_at else None
+    )
+    begin_story(image)
+    try:
+        image.settle()
+    except OSError:
+        image.disk.fail_when = lambda step: None
+        crash(image, "daemon")
+        return image
+    return None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [2, 3, 10])  # the last one missed a change
+def test_what_a_failed_sync_left_in_the_page_cache_is_not_relied_upon(seed: int) -> None:
+    """Reopened, the image reads what the disk does not have. Then power is lost, before anything of it is
+    written again."""
+    for fails_at in itertools.count():
+        image = after_a_failed_sync(seed, fails_at)
+        if image is None:
+            break
+        assert image.power_on().how in ("daemon_crash", "resized")
+        image.check_complete()
+        for _ in range(6):
+            image.spawn(image.random_write())
+        image.settle()
+        image.spawn(image.sync())
+        image.settle()
+        crash(image, "power")
+        assert image.power_on().how == "power_loss"
+        image.check()
+    assert fails_at > 10
 
 
 def damage(image: SimImage) -> None:
@@ -100,6 +144,21 @@ def test_damage_is_refused_and_never_a_silent_gap(kind: str) -> None:
         check_or_refused(image)
         assert image.changes_since(image.tracker.catalogue.points[-1].id).exact
     assert answers == {True, False}
+
+
+@pytest.mark.parametrize(("kind", "grace_ns"), [("daemon", 5 * 10**9), ("power", 10 * 10**9)])
+def test_how_much_later_than_it_was_said_the_raw_file_may_have_changed(kind: str, grace_ns: int) -> None:
+    """T4: by one flush interval (5 s in the simulator) after a daemon's crash, by two after a power loss."""
+    for late_ns in (0, 1):
+        image = prepared(1)
+        image.spawn(image.random_write())
+        image.settle()
+        header = image.disk.run(mrt.load_header(image.identity))
+        table = image.disk.run(mrt.load_table(image.identity, image.tracker.generation))
+        said_ns = image.tracker.area.time_ns if kind == "daemon" else max(header.time_ns, table.time_ns)
+        crash(image, kind)
+        image.raw_time_ns = said_ns + grace_ns + late_ns
+        assert (image.power_on().how == "new_generation") == bool(late_ns)
 
 
 @pytest.mark.parametrize("kind", KINDS)

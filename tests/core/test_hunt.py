@@ -42,6 +42,18 @@ def test_time_goes_by_shares() -> None:
     assert 2.5 < three.played / one.played < 3.5
 
 
+def test_short_histories_come_before_the_first_long_one() -> None:
+    order: list[str] = []
+
+    def told(name: str):
+        return lambda seed: order.append(name)
+
+    kinds = (Kind("short", 1, told("short")), Kind("long", 3, told("long"), seconds=60))
+    hunt.hunt(150, 7, kinds, clock=fake_clock())
+    assert order[:10] == ["short"] * 10
+    assert "long" in order
+
+
 def test_a_find_ends_its_kind_and_names_its_seed(capsys: pytest.CaptureFixture[str]) -> None:
     played: list[int] = []
 
@@ -64,6 +76,33 @@ def test_a_find_ends_its_kind_and_names_its_seed(capsys: pytest.CaptureFixture[s
         " replay it: .venv/bin/python -m holdfast.bench.hunt --kind bad --seed 2"
     )
     assert "a change was missed" in capsys.readouterr().out, "told at once"
+
+
+def test_with_a_rule_broken_one_find_is_enough(capsys: pytest.CaptureFixture[str]) -> None:
+    def fails(seed: int) -> None:
+        raise AssertionError("a change was missed")
+
+    kinds = (Kind("good", 1, harmless), Kind("bad", 1, fails))
+    tallies = hunt.hunt(100, 4, kinds, clock=fake_clock(), broken="marks-turned-off")
+    assert [tally.played for tally in tallies] == [1, 1]
+    told = capsys.readouterr().out
+    assert "--kind bad --seed 4 --break marks-turned-off" in told
+    assert "found after" in told
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["marks-turned-off", "region-closed-too-early", "closed-on-disk-first"])
+def test_a_rule_of_tracking_broken_on_purpose_is_found(name: str) -> None:
+    """README's promise, on simulated hardware; the whole hunt has its other kinds in addition."""
+    command = [sys.executable, "-m", "holdfast.bench.hunt", "--kind", "tracking", "--break", name]
+    done = subprocess.run([*command, "--from", "1"], capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert "changed and are not reported" in done.stdout
+    seed = done.stdout.split("--seed ")[1].split()[0]
+    assert f"--seed {seed} --break {name}" in done.stdout
+    again = subprocess.run([*command, "--seed", seed], capture_output=True, text=True, check=False)
+    assert again.returncode == 1
+    assert "changed and are not reported" in again.stderr
 
 
 @pytest.mark.slow

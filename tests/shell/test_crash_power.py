@@ -2,10 +2,16 @@
 
 import ctypes
 import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 from random import Random
 
 import pytest
 
+import diskd
+import holdfast.crash
 from diskd.shell.files import KEEP_SIZE, PUNCH_HOLE
 from holdfast.crash import power
 from holdfast.crash.journal import Place
@@ -187,3 +193,35 @@ def test_an_exchange_goes_back(place, root, calls):
     lose(place, root)
     assert (root / "one" / "in-one").is_dir()
     assert (root / "other" / "in-other").is_dir()
+
+
+DYING = """
+import os, sys
+from pathlib import Path
+from holdfast.crash.journal import Place
+from holdfast.crash.syscalls import Moment, SystemCalls
+root, place = Path(sys.argv[1]), Place(Path(sys.argv[2]))
+SystemCalls(root, place).install()
+Moment.ask(place.moment, "f", 3)
+for name in ("f", "g"):
+    file = os.open(root / name, os.O_RDWR | os.O_CREAT)
+    for number in range(2):
+        os.pwrite(file, b"%d" % number, 0)
+        os.fsync(file)
+"""
+
+
+def test_a_process_dies_before_the_change_that_was_asked_for(place, root):
+    """Before the fourth change or sync of f, which is its second sync: g was not begun."""
+    (root / "f").write_bytes(b"before")
+    path = f"{Path(holdfast.crash.__file__).parents[2]}:{Path(diskd.__file__).parents[1]}"
+    died = subprocess.run(
+        [sys.executable, "-c", DYING, root, place.directory],
+        env={**os.environ, "PYTHONPATH": path},
+        check=False,
+    )
+    assert died.returncode == -signal.SIGKILL
+    assert (root / "f").read_bytes() == b"1efore"
+    assert not (root / "g").exists()
+    assert lose(place, root).sectors == 1
+    assert (root / "f").read_bytes() == b"0efore"

@@ -122,6 +122,50 @@ async def test_a_damaged_interval_refuses_the_points_before_it_only(place: Place
         await image.close()
 
 
+@pytest.mark.parametrize("damage", ["missing", "unreadable", "too long"])
+async def test_an_interval_that_cannot_be_read_is_refused_with_the_remedy(place: Place, damage: str) -> None:
+    await create(place)
+    async with open_image(place) as image:
+        first = await cut(image, 1)
+        second = await cut(image, 2)
+        (path,) = place.directory.glob("disk.rct.*")
+        if damage == "too long":
+            path.write_bytes(path.read_bytes() + bytes(MiB))
+        else:
+            path.unlink()
+        if damage == "unreadable":
+            path.mkdir()
+        with pytest.raises(NoSuchPoint, match=rf"{first}: {path.name}.*: take a full backup"):
+            image.changes_since(first)
+        with pytest.raises(NoSuchPoint, match="take a full backup"):
+            await image.changes(first)
+        assert (await image.changes(second)).exact
+        # Neither does it stand in the way of anything else.
+        await image.delete_point(second)
+        await cut(image, 3)
+        await image.close()
+
+
+async def test_a_damaged_interval_keeps_no_other_intervals_apart(place: Place) -> None:
+    await create(place)
+    async with open_image(place) as image:
+        made: list[str] = []
+        for number in range(1, 7):
+            made.append(await cut(image, number))
+            await any_writer(image).write(number * MiB, b"x")
+        damaged = image.tracker.catalogue.segments[1]
+        (place.directory / f"disk.rct.{damaged.interval}").write_bytes(b"noise")
+        before = len(image.tracker.catalogue.segments)
+        for deleted in (made[1], made[2], made[4]):
+            await image.delete_point(deleted)
+        # Between the last two points there is one interval again; the damaged one stays by itself.
+        assert len(image.tracker.catalogue.segments) == before - 1
+        assert blocks(image, made[3]) == {4 * 256, 5 * 256, 6 * 256}
+        with pytest.raises(NoSuchPoint, match="take a full backup"):
+            image.changes_since(made[0])
+        await image.close()
+
+
 async def test_an_open_image_is_locked_against_qemu_and_a_second_daemon(place: Place) -> None:
     await create(place)
     async with open_image(place):

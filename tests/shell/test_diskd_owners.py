@@ -171,6 +171,54 @@ async def test_a_lease_is_not_changed_by_who_has_lost_the_image(storage: Hosts):
         await one.open_image("a")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "what", ["lock gone", "another lock", "record gone", "older record", "damaged record"]
+)
+async def test_an_image_whose_lock_or_record_is_not_what_it_was_is_not_served(storage: Hosts, what: str):
+    """The look every few seconds finds it, whatever it is; the other images are served on."""
+    directory = storage.root / "images" / "a"
+    async with storage.serving("n1") as one:
+        for name in ("a", "b"):
+            await one.create_image(name, SIZE)
+        (record,) = directory.glob("owner.[0-9]*")
+        older, number = record.read_bytes(), int(record.name.removeprefix("owner."))
+        await one.acquire_lease("a", 4, "n1/web")
+        dropped: list[str] = []
+        await one.open("a@4", peer="test", drop=dropped.append)
+        (record,) = directory.glob("owner.[0-9]*")
+        match what:
+            case "lock gone":
+                (directory / "owner.lock").unlink()
+            case "another lock":
+                (directory / "owner.lock").rename(directory / "hidden")
+                (directory / "owner.lock").touch()
+            case "record gone":
+                record.unlink()
+            case "older record":
+                record.unlink()
+                (directory / f"owner.{number}").write_bytes(older)
+            case "damaged record":
+                (directory / f"owner.{number + 2}").write_bytes(b"rot")
+        await until(lambda: one.image("a").state == "damaged")
+        assert "lost" in (one.image("a").reason or "") or what == "damaged record"
+        assert dropped
+        await write(one, "b", 0, b"1" * BLOCK)
+
+
+async def test_a_damaged_record_costs_no_other_image_its_clean_stop(storage: Hosts):
+    async with storage.serving("n1") as one:
+        for name in ("a", "b"):
+            await one.create_image(name, SIZE)
+        (record,) = (storage.root / "images" / "a").glob("owner.[0-9]*")
+        number = int(record.name.removeprefix("owner."))
+        record.with_name(f"owner.{number + 1}").write_bytes(b"rot")
+    async with storage.serving("n1") as one:
+        opened = one.opened("b")
+        assert opened is not None
+        assert opened.image.opened_how == "clean"
+
+
 async def test_a_merge_goes_on_after_a_takeover(storage: Hosts):
     async with storage.doomed("n1a") as one:
         await one.create_image("a", SIZE)

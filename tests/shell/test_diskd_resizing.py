@@ -92,6 +92,38 @@ async def test_the_present_size_is_fine_and_a_smaller_one_refused(place: Place) 
             await resizing.grow(image, SIZE + 1)
 
 
+class Reserving(Files):
+    """Tells which files it has made room in."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        self.reserved: list[str] = []
+
+    def _step(self, step: Step) -> Any:
+        if isinstance(step, Allocate):
+            self.reserved.append(step.file)
+        return super()._step(step)
+
+
+@pytest.mark.parametrize("busy", ["flush_turn", "commit_turn"])
+async def test_no_room_is_made_in_a_file_that_is_being_written(place: Place, busy: str) -> None:
+    """Where the file system cannot reserve space (NFS before 4.2), the C library reads a byte of every block
+    and writes it back: what somebody else wrote there in between would be lost."""
+    await create(place)
+    async with open_image(place) as image:
+        usual, image.files = image.files, Reserving(place.directory)
+        turn: trio.Lock = getattr(image, busy)
+        async with trio.open_nursery() as nursery, turn:  # a flush or a commit is under way
+            nursery.start_soon(resizing.grow, image, 2 * SIZE)
+            with trio.fail_after(20):
+                while not turn.statistics().tasks_waiting:
+                    await trio.lowlevel.checkpoint()
+            assert image.files.reserved == []
+        assert image.files.reserved[:2] == ["disk.mrt", "disk.rct"]
+        image.files.close()
+        image.files = usual
+
+
 async def test_writers_wait_for_a_resize_and_go_on(place: Place) -> None:
     await create(place)
     async with open_image(place) as image:

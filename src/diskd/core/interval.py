@@ -115,11 +115,15 @@ def _inflate(packed: bytes, page_bytes: int, where: str) -> bytes:
 
 
 def load(identity: Identity, generation: UUID, segment: Segment) -> Script[PageMap]:
-    """Read and decode one segment's file. Raises Damaged, also where it is missing."""
+    """Read and decode one segment's file. Raises Damaged, also where it is missing or cannot be read: what
+    it held is lost either way, and nothing else of the image is."""
     name = file_name(segment.interval)
-    if (yield Size(name)) is None:
-        raise Damaged(f"{name} is missing")
-    data = yield Read(name, 0, size_bytes_max(identity) + 1)
+    try:
+        if (yield Size(name)) is None:
+            raise Damaged(f"{name} is missing")
+        data = yield Read(name, 0, size_bytes_max(identity) + 1)
+    except OSError as error:
+        raise Damaged(f"{name} cannot be read: {error.strerror}") from error
     return decode(identity, generation, segment, data)
 
 

@@ -236,6 +236,15 @@ def write_records(generation: UUID, records: Iterable[Record]) -> Script[None]:
     yield Sync(FILE)
 
 
+def write_table(generation: UUID, table: Table) -> Script[None]:
+    """Every record anew, as ``load_table`` gave them; those that could not be read among them. Durable. The
+    stamp must be good for this moment."""
+    opened, count = table.open_regions, -(-len(table.open_regions) // REGIONS_PER_RECORD)
+    yield from write_records(
+        generation, (pack_record(index, opened, table.root_sequence, table.time_ns) for index in range(count))
+    )
+
+
 def create(identity: Identity, header: Header, now_ns: int) -> Script[None]:
     """Reserve the whole file; every region closed; ``header`` the only valid one. Idempotent."""
     yield Allocate(STAMP_FILE, RECORD_BYTES)

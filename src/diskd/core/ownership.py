@@ -225,6 +225,14 @@ def load() -> Script[Owner | None]:
     raise OSError("the owner record changes all the time") from failure
 
 
+def _whoever_has_it() -> Script[Owner | None]:
+    """The newest record, where it should be this daemon's. Raises Lost where nobody can tell whose it is."""
+    try:
+        return (yield from load())
+    except Damaged as error:
+        raise Lost(f"another record took its place: {error}") from error
+
+
 def write(owner: Owner) -> Script[Owner]:
     """Make ``owner`` the newest record, durably. Raises Lost where somebody else was quicker.
 
@@ -236,7 +244,7 @@ def write(owner: Owner) -> Script[Owner]:
         try:
             yield Create(name, encode(owner))
         except (FileExistsError, FileNotFoundError):  # the latter: its half was swept with the rest
-            newest = yield from load()
+            newest = yield from _whoever_has_it()
             if newest is None or newest.daemon.instance != owner.daemon.instance:
                 raise Lost(f"another diskd took it: {describe(newest)}") from None
             owner = attrs.evolve(owner, number=newest.number + 1)
@@ -245,7 +253,7 @@ def write(owner: Owner) -> Script[Owner]:
         if numbers[-1] != owner.number:
             # We slept while others came and went, and made a number that was swept long ago.
             yield Remove(name)
-            raise Lost(f"another diskd took it: {describe((yield from load()))}")
+            raise Lost(f"another diskd took it: {describe((yield from _whoever_has_it()))}")
         for number in numbers[:-1]:  # the oldest first: where N is gone, everything before it is
             yield Remove(file_name(number))
         return owner
@@ -276,8 +284,8 @@ def check(owner: Owner) -> Script[Owner]:
     followed = (yield Size(file_name(owner.number + 1))) is not None
     if not gone and not followed:
         return owner
-    newest = yield from load()
-    if newest is None:
+    newest = yield from _whoever_has_it()
+    if newest is None or newest.number < owner.number:
         raise Lost("its owner record is gone")
     if newest.daemon.instance != owner.daemon.instance:
         raise Lost(f"it was taken over: {describe(newest)}")

@@ -16,6 +16,7 @@ States of a point:
 
 import re
 import zlib
+from collections.abc import Collection
 from typing import Any, Final, Literal
 from uuid import UUID
 
@@ -110,6 +111,12 @@ def check_cut(catalogue: Catalogue, point: str | None = None) -> None:
     live = [known for known in catalogue.points if known.state != "invalid"]
     if len(live) >= POINTS_MAX:
         raise Refused(f"the image has {POINTS_MAX} reference points: delete one with diskctl point delete")
+    if len(catalogue.segments) > POINTS_MAX:
+        # Such as could not be joined. One more would be a catalogue that nobody believes (``_check``).
+        raise Refused(
+            f"the image has more than {POINTS_MAX} intervals between its points, some of them damaged or not"
+            " joined for want of space: delete its oldest points with diskctl point delete"
+        )
     if point is not None and not is_point_id(point):
         raise Refused(f"{point!r} is not a point id: rp- and 16 hex digits")
     if point is not None and any(known.id == point for known in catalogue.points):
@@ -175,11 +182,13 @@ def _useful(catalogue: Catalogue) -> Catalogue:
     return attrs.evolve(catalogue, segments=kept)
 
 
-def joinable(catalogue: Catalogue) -> tuple[Segment, Segment] | None:
+def joinable(
+    catalogue: Catalogue, *, but_not: Collection[tuple[Segment, Segment]] = ()
+) -> tuple[Segment, Segment] | None:
     """The oldest two neighbouring segments without a live point between them."""
     starts = {known.sequence for known in catalogue.points if known.state != "invalid"}
     for left, right in zip(catalogue.segments, catalogue.segments[1:], strict=False):
-        if right.interval not in starts:
+        if right.interval not in starts and (left, right) not in but_not:
             return left, right
     return None
 

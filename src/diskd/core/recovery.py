@@ -100,6 +100,15 @@ def _settle() -> Script[None]:
             yield Sync(name)
 
 
+def _write_again(identity: Identity, around: Surroundings, found: _Found) -> Script[None]:
+    """Where the last opening did not end well, a sync may have failed. Then the system reads back what it was
+    to write, and the disk has something older: no further sync mends that, only writing it once more. So it
+    goes with the table here, and with the root and the header at both callers. What a root names need not be
+    written again: it was synced before the root was written."""
+    yield from mrt.stamp(identity, around.now_ns)
+    yield from mrt.write_table(found.header.generation, found.table)
+
+
 def _load(identity: Identity, around: Surroundings, header: mrt.Header) -> Script[_Found]:
     catalogue = yield from load_catalogue(identity)
     root, pages = yield from rct.load(identity)
@@ -223,6 +232,8 @@ def _resume(identity: Identity, around: Surroundings, found: _Found, area: Share
     for index in _differing(geometry, area.bits, found.pages):
         dirty[index] = 1
     root = yield from _catch_up(identity, found)
+    yield from _write_again(identity, around, found)
+    root = yield from rct.store(identity, root, {})
     header = _next_header(around, found, root, area.nonce)
     yield from mrt.write_header(identity, header, around.now_ns)
     for nonce in (found.header.nonce, found.header.next_nonce):
@@ -249,6 +260,8 @@ def _from_disk(identity: Identity, around: Surroundings, found: _Found) -> Scrip
     added = _add_open_regions(geometry, area.bits, found.table.open_regions)
     root = yield from _catch_up(identity, found)
     area.over_report_bytes = root.over_report_bytes + added
+    if not found.header.clean:
+        yield from _write_again(identity, around, found)
     if not found.header.clean or added:
         changed = _differing(geometry, area.bits, found.pages)
         over = attrs.evolve(root, over_report_bytes=area.over_report_bytes)

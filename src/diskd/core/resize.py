@@ -108,8 +108,8 @@ def plan(tracker: Tracker, raw: mrt.RawFacts, to_bytes: int, now_ns: int) -> Int
 
 
 def reserve(identity: Identity, now_ns: int) -> Script[None]:
-    """Room for the side files at this, larger size. A failure changes nothing. No other write of the MRT may
-    be under way."""
+    """Room for the side files at this, larger size. A failure changes nothing. No other write of the MRT or
+    of the RCT may be under way: posix_fallocate(3) writes to both where the file system has no such call."""
     yield from mrt.stamp(identity, now_ns)
     yield Allocate(mrt.FILE, mrt.file_bytes(identity))
     yield Allocate(rct.FILE, rct.file_bytes(identity))

@@ -19,12 +19,11 @@ import structlog
 import trio
 from numpy.typing import NDArray
 
-from daemonkit import durable
 from daemonkit.errors import InvariantBroken
 from daemonkit.units import SECOND
 from diskd.core import interval, mrt, points
 from diskd.core.changes import report
-from diskd.core.extents import PageMap, copy_pages
+from diskd.core.extents import copy_pages
 from diskd.core.geometry import BLOCK_BYTES_DEFAULT, REGION_BYTES_DEFAULT, Geometry, Identity
 from diskd.core.points import Catalogue, Point, Segment, Span
 from diskd.core.ports import ChangeReport, Layer
@@ -34,7 +33,13 @@ from diskd.core.tracker import Tracker, commit, flush, next_header, remove_segme
 from diskd.core.tracker import join_segments as join_script
 from diskd.errors import Damaged, Refused
 from diskd.shell.cut import Cut
-from diskd.shell.image_files import OpenFiles, create_blocking, open_blocking, settled_facts
+from diskd.shell.image_files import (
+    OpenFiles,
+    create_blocking,
+    open_blocking,
+    read_interval_blocking,
+    settled_facts,
+)
 from diskd.shell.image_settings import ImageSettings
 from diskd.shell.raw_layer import RawLayer, now_ns
 from diskd.shell.writer import Writer
@@ -429,18 +434,20 @@ class Image:
 
     async def join_segments(self) -> None:
         """Join interval files that no point separates any more. Only saves space: done later if it fails."""
+        tracker, damaged = self.tracker, list[tuple[Segment, Segment]]()
         async with self.catalogue_turn:
-            try:
-                while (pair := points.joinable(self.tracker.catalogue)) is not None:
-                    tracker = self.tracker
+            while (pair := points.joinable(tracker.catalogue, but_not=damaged)) is not None:
+                try:
                     script = join_script(self.identity, tracker.generation, tracker.catalogue, pair)
                     tracker.catalogue = await self.perform(script, refusable=True)
                     await self.perform(remove_segment(pair[1]), refusable=True)
-            except Damaged as error:
-                log.warning("image.interval_damaged", image=self.name, reason=str(error))
-            except OSError as error:
-                log.warning("image.join_failed", image=self.name, reason=str(error))
-                self.require_working()
+                except Damaged as error:
+                    damaged.append(pair)
+                    log.warning("image.interval_damaged", image=self.name, reason=str(error))
+                except OSError as error:
+                    log.warning("image.join_failed", image=self.name, reason=str(error))
+                    self.require_working()
+                    return
 
     def points(self) -> list[Point]:
         """All points, oldest first: id, rct_id, state (pending, valid, invalid), reason, size_bytes."""
@@ -480,7 +487,11 @@ class Image:
 
     def _report(self, span: Span, active: list[_Used], over: int) -> ChangeReport:
         page_bytes = self.identity.geometry.page_bytes
-        found = [self._read_interval(segment) for segment in span.segments]
+        generation = self.tracker.generation
+        found = [
+            read_interval_blocking(self.directory, self.identity, generation, segment)
+            for segment in span.segments
+        ]
         found += [copy_pages(bits, page_bytes, pages) for bits, pages in active]
         return report(self.identity.geometry, span, interval.unite(found), active_over_report_bytes=over)
 
@@ -488,11 +499,3 @@ class Image:
         """Joined or deleted while we read: then the new catalogue knows where the bits are now."""
         if self.tracker.catalogue is catalogue:
             raise points.damaged(point, str(error)) from error
-
-    def _read_interval(self, segment: Segment) -> PageMap:
-        path = self.directory / interval.file_name(segment.interval)
-        try:
-            data = durable.read_small_file(path, size_bytes_max=interval.size_bytes_max(self.identity))
-        except FileNotFoundError as error:
-            raise Damaged(f"{path.name} is missing") from error
-        return interval.decode(self.identity, self.tracker.generation, segment, data)

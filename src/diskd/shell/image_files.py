@@ -9,10 +9,12 @@ from uuid import UUID, uuid4
 import attrs
 
 from daemonkit import durable
+from daemonkit.errors import OperatorError, words_of
 from daemonkit.units import format_size
 from diskd.core import avhd, interval, mrt, recovery, resize
+from diskd.core.extents import PageMap
 from diskd.core.geometry import IMAGE_TOML, RAW, Identity, decode_identity, encode_identity
-from diskd.core.points import Catalogue
+from diskd.core.points import Catalogue, Segment
 from diskd.core.recovery import Recovered
 from diskd.core.steps import Script, Sync, Truncate
 from diskd.errors import Damaged, Refused
@@ -153,6 +155,20 @@ def _recover(
     if not (directory / avhd.HEAD_FILE).exists():
         live_map.forget_others(settings.shared_dir, identity.uuid, None)
     return recovered
+
+
+def read_interval_blocking(
+    directory: Path, identity: Identity, generation: UUID, segment: Segment
+) -> PageMap:
+    """The changes of one closed interval. Raises Damaged, also where its file cannot be read."""
+    path = directory / interval.file_name(segment.interval)
+    try:
+        data = durable.read_small_file(path, size_bytes_max=interval.size_bytes_max(identity))
+    except FileNotFoundError as error:
+        raise Damaged(f"{path.name} is missing") from error
+    except (OSError, OperatorError) as error:
+        raise Damaged(f"{path.name} cannot be read: {words_of(error)}") from error
+    return interval.decode(identity, generation, segment, data)
 
 
 def _remove_orphans(directory: Path, catalogue: Catalogue) -> None:

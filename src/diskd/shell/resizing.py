@@ -51,7 +51,7 @@ async def grow(image: Image, size_bytes: int) -> None:
     area = await _new_area(image, target)
     try:
         try:
-            async with image.commit_turn:
+            async with image.flush_turn, image.commit_turn:
                 await image.perform(core.reserve(target, now_ns()), refusable=True)
             await image.sync_layer()
             await _swap(image, target, area)

@@ -1,5 +1,8 @@
 """A disk for scripts that loses, tears and reorders whatever was not synced.
 
+A failed sync is as Linux does it: what was to be written counts as written from then on, and is read back
+as such, but the disk may have something older, until the sector is written again.
+
 Every 512-byte sector written since the last sync of its file may, after a power loss, hold any of the values
 it had since then, each sector for itself; so may the file's size. What was synced, replaced or removed
 stays. A crash of the daemon alone keeps everything. Shared memory lives as long as the boot.
@@ -43,15 +46,17 @@ class Crashed(Exception):
 
 @attrs.define
 class _File:
-    """As a running system sees it; ``versions`` and ``sizes`` are what a power loss can bring back."""
+    """As a running system sees it; ``versions`` and ``sizes`` are what a power loss can bring back, ``lost``
+    what it will bring back, since a sync failed."""
 
     size: int = 0
     sectors: dict[int, bytes] = attrs.Factory(dict)
     versions: dict[int, list[bytes]] = attrs.Factory(dict)
     sizes: list[int] = attrs.Factory(list)
+    lost: dict[int, bytes] = attrs.Factory(dict)
 
     def put(self, index: int, data: bytes) -> None:
-        old = self.sectors.get(index, _ZERO)
+        old = self.lost.pop(index, self.sectors.get(index, _ZERO))
         self.versions.setdefault(index, [old]).append(data)
         self.sectors[index] = data
 
@@ -70,6 +75,11 @@ class _File:
     def synced(self) -> None:
         self.versions.clear()
         self.sizes.clear()
+
+    def not_synced(self, rng: Random) -> None:
+        for index, versions in self.versions.items():
+            self.lost[index] = rng.choice(versions)
+        self.versions.clear()
 
 
 class SimSharedMemory:
@@ -138,6 +148,7 @@ class SimDisk:
         if number is not None:
             if isinstance(step, Sync):
                 self._failed.add(step.file)
+                self._existing(step.file).not_synced(self._rng)
             raise OSError(number, "simulated failure", step.file)
         return self._do(step)
 
@@ -227,6 +238,8 @@ class SimDisk:
                     file.sectors[index] = versions[0]
                 case "some":
                     file.sectors[index] = self._rng.choice(versions)
+        file.sectors.update(file.lost)
+        file.lost.clear()
         if file.sizes:
             match keep:
                 case "nothing":
@@ -264,4 +277,5 @@ class SimDisk:
 
     def is_whole(self, name: str) -> bool:
         """Whether everything written to the file is durable."""
-        return not self._existing(name).versions
+        file = self._existing(name)
+        return not file.versions and not file.lost

@@ -52,6 +52,11 @@ class Place:
     def times(self) -> Path:
         return self.directory / "times"
 
+    @property
+    def moment(self) -> Path:
+        """Where a story says at which change the daemon is to die (syscalls.Moment)."""
+        return self.directory / "moment"
+
     def journals(self) -> list[Path]:
         """In the order of the lives that wrote them."""
         return sorted(self.directory.glob("journal.*"), key=lambda path: int(path.suffix[1:]))

@@ -74,6 +74,9 @@ class Guests:
                         self.wake()
                         requests -= 1
         except (ConnectionLost, RequestFailed) as lost:
+            if not self.is_over and await self._machine.has_died_by_itself():
+                self.end()
+                return
             # Sent home by a daemon that stops: what was in flight may or may not have been done.
             sent_home = isinstance(lost, ConnectionLost) or lost.number == ESHUTDOWN
             if not (self.is_over and sent_home):

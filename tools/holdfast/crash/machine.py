@@ -23,6 +23,7 @@ from daemonkit.ports import Address
 from holdfast.crash import power
 from holdfast.crash.journal import Place
 from holdfast.crash.process import DISKD, STOP_SECONDS_MAX, DaemonProcess
+from holdfast.crash.syscalls import Moment
 
 P = TypeVar("P")
 R = TypeVar("R")
@@ -87,9 +88,18 @@ class Machine:
         await trio.sleep(0.25 + 0.35 * rng.random())
         await self._diskd.kill()
 
+    def let_it_die(self, name: str, count: int) -> None:
+        """Before it changes, syncs or replaces a file of that name, after so many times that it did."""
+        Moment.ask(self._place.moment, name, count)
+
+    async def has_died_by_itself(self) -> bool:
+        """As was asked for, if it was."""
+        return self._place.moment.exists() and await self._diskd.has_died()
+
     async def kill(self) -> None:
         """-9, and wait."""
         await self._diskd.kill()
+        self._place.moment.unlink(missing_ok=True)
 
     async def stop(self) -> None:
         """Cleanly; it must end with 0."""

@@ -14,6 +14,7 @@ from holdfast.crash.oracle import Violation
 
 START_SECONDS_MAX: Final = 60.0
 STOP_SECONDS_MAX: Final = 60.0
+DIE_SECONDS_MAX: Final = 10.0
 DISKD: Final = ("-c", "from diskd.cli.daemon import main; main()")
 
 
@@ -56,8 +57,17 @@ class DaemonProcess:
         self.ready = json.loads(line)
 
     async def kill(self) -> None:
-        """-9, and wait."""
+        """-9, and wait. Dead already is fine."""
         await self._end(signal.SIGKILL)
+
+    async def has_died(self) -> bool:
+        """By itself. What is heard of that first, a connection that breaks, may be a little earlier."""
+        process = self._process
+        if process is None:
+            return True  # and somebody has waited for it already
+        with trio.move_on_after(DIE_SECONDS_MAX):
+            await process.wait()
+        return process.returncode is not None
 
     async def stop(self) -> None:
         """Cleanly; it must end with 0."""

@@ -2,8 +2,9 @@
 
 Each *life* of the daemon has guests that write, zero, trim and flush without pause, and an operator who
 begins and ends checkpoints, reads frozen views, deletes points and asks for changes. At a random moment comes
-kill -9, in some stories a power loss. Then the next life must serve at once, and everything that the oracle
-(oracle.py) knows must hold: T1 to T3, B1, B6, the durability of FLUSH and FUA.
+kill -9, in some stories right before a chosen change of a file, and a power loss. Then the next life must
+serve at once, and everything that the oracle (oracle.py) knows must hold: T1 to T3, B1, B6, the durability of
+FLUSH and FUA.
 
 The plan is the seed's; what the kill meets is the scheduler's, so that one seed is worth playing again.
 """
@@ -33,6 +34,8 @@ _POINTS_MAX: Final = 4
 # Shorter than the defaults, so that flushes, closings and merge batches happen within a life.
 _SETTINGS: Final = ("merge_batch=64KiB",)
 _INTERVALS: Final = ("500ms", "1s", "3s")
+# Files at whose changes a daemon that can lose its power dies: half of the lives end so.
+_MOMENTS: Final = ("disk.mrt", "disk.mrt", "disk.rct", "disk.raw", "disk.avhd", "disk.map", "points")
 
 
 class Story:
@@ -87,8 +90,12 @@ class Story:
                     own = Random(f"{self._seed}/{self._life}/{image.name}/{number}")
                     nursery.start_soon(guests.run, image, own)
             nursery.start_soon(self._operator, Random(f"{self._seed}/{self._life}/operator"))
-            while guests.acks < until and self._acts < acts:
+            if self._machine.can_lose_power and rng.random() < 0.5:
+                self._machine.let_it_die(rng.choice(_MOMENTS), rng.randrange(rng.choice((3, 12, 40))))
+            while guests.acks < until and self._acts < acts and not guests.is_over:
                 await guests.wait()
+            if guests.is_over:
+                self.told["chosen moments"] += 1
             await trio.sleep(last)
             guests.end()
             await self._machine.kill()

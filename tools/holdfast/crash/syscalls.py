@@ -8,6 +8,7 @@ writing in another way ends the call: a change without a note would be one that 
 
 import json
 import os
+import signal
 import stat
 import sys
 import threading
@@ -26,6 +27,36 @@ _REAL: Final[dict[str, Callable[..., Any]]] = {name: getattr(os, name) for name 
 _PIECE: Final = 1 << 20
 
 
+class Moment:
+    """When the process kills itself with -9: right before it changes, syncs or renames to a file of a certain
+    name for the so-many-th time from when that was asked for. Where a change goes wrong between two others,
+    a kill at random hardly ever meets it."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._asked: tuple[str, int] | None = None
+
+    @staticmethod
+    def ask(path: Path, name: str, count: int) -> None:
+        """By whoever starts the process: let it die before the change that follows ``count`` others."""
+        new = path.with_suffix(".new")
+        new.write_text(f"{name} {count}")
+        new.rename(path)
+
+    def comes(self, name: str) -> None:
+        """Such a change is next."""
+        if self._asked is None:
+            if not os.path.exists(self._path):
+                return
+            asked, count = self._path.read_text().split()
+            self._asked = asked, int(count)
+        asked, left = self._asked
+        if name == asked:
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            self._asked = asked, left - 1
+
+
 class SystemCalls:
     """One process's calls; every method but the last few has the name and the meaning of the one in os."""
 
@@ -34,6 +65,7 @@ class SystemCalls:
         self._saved = place.saved
         self._lock = threading.RLock()
         self._journal = Journal(place)
+        self._moment = Moment(place.moment)
         self._files: set[int] = set()
         self._names = 0
         times = json.loads(place.times.read_text()) if place.times.exists() else {}
@@ -166,6 +198,7 @@ class SystemCalls:
         if source is None or target is None:
             raise RuntimeError(f"a rename across the root: {src} to {dst}")
         with self._lock:
+            self._moment.comes(os.path.basename(target))
             saved = self._save(target) if os.path.isfile(target) else None
             self._note("rename", *self._entry(source), *self._entry(target), saved)
             _REAL["rename"](source, target)
@@ -245,6 +278,10 @@ class SystemCalls:
         _REAL["link"](full, self._saved / name, follow_symlinks=False)
         return name
 
+    @staticmethod
+    def _name_of(descriptor: int) -> str:
+        return os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}"))
+
     def _tracked(self, descriptor: int) -> bool:
         status = _REAL["fstat"](descriptor)
         return status.st_ino in self._files and stat.S_ISREG(status.st_mode)
@@ -255,6 +292,7 @@ class SystemCalls:
 
     def _before(self, descriptor: int, offset: int, length: int, *, sparse: bool = False) -> None:
         """Note the old content, in whole sectors; ``sparse``: what is a hole is zero before and after."""
+        self._moment.comes(self._name_of(descriptor))
         # The descriptor itself may be for writing only.
         reader = _REAL["open"](f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_CLOEXEC)
         try:
@@ -289,6 +327,7 @@ class SystemCalls:
     def _sync(self, name: str, descriptor: int) -> None:
         status = _REAL["fstat"](descriptor)
         with self._lock:
+            self._moment.comes(self._name_of(descriptor))
             position = self._journal.position
         _REAL[name](descriptor)
         with self._lock:
