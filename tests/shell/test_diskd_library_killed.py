@@ -203,14 +203,14 @@ async def test_the_frozen_view_survives_a_kill(tmp_path):
         view.close()
 
 
-@pytest.mark.parametrize("name", ["disk.map", "head", "disk.avhd"])
+@pytest.mark.parametrize("name", ["disk.map", "head", "disk.avhd", "no head"])
 async def test_a_damaged_avhd_refuses_the_image(tmp_path, name):
     async with doomed(tmp_path) as library:
         await library.create_image("a", SIZE)
         await library.create_image("b", SIZE)
         await library.begin_checkpoint("web", [*DISKS, BackupDisk("data", "b")], "", held_by="hand")
-    path = tmp_path / "root/images/a/checkpoint" / name
-    if name == "disk.avhd":
+    path = tmp_path / "root/images/a/checkpoint" / name.removeprefix("no ")
+    if name in ("disk.avhd", "no head"):
         path.unlink()
     else:
         data = bytearray(path.read_bytes())
@@ -223,6 +223,7 @@ async def test_a_damaged_avhd_refuses_the_image(tmp_path, name):
         with pytest.raises(Refused):
             await library.open_image("a")
         assert next(iter(library.names())) == "b"
+    assert (path.parent / "disk.map").exists(), "what is left is left for whoever repairs it"
 
 
 async def test_a_map_in_shared_memory_that_no_head_names_goes_with_the_next_opening(tmp_path):

@@ -1,6 +1,8 @@
 """A checkpoint that has a record, in memory, and the view of it that a backup holds (ports.FrozenVm)."""
 
 import errno
+import secrets
+import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
@@ -8,8 +10,9 @@ import attrs
 import trio
 
 from daemonkit.diskd_api import BackupDisk
-from diskd.core.checkpoint import Record
-from diskd.core.inventory import CONFIG_BYTES_MAX, DISKS_MAX, CheckpointInfo, Outcome, check_name
+from diskd.core.checkpoint import Record, RecordDisk
+from diskd.core.hooks import CRASH
+from diskd.core.inventory import CONFIG_BYTES_MAX, DISKS_MAX, CheckpointInfo, HeldBy, Outcome, check_name
 from diskd.core.ports import FrozenDisk
 from diskd.errors import Refused
 from diskd.shell.files import Files
@@ -137,6 +140,29 @@ def check_request(
     if len(images) != len(disks) or len({disk.name for disk in disks}) != len(disks):
         raise Refused("every disk of a checkpoint has a name and an image of its own")
     return dict(sorted(images.items()))
+
+
+def new_record(
+    identifier: str,
+    vm: str,
+    disks: list[BackupDisk],
+    config: str,
+    held_by: HeldBy,
+    target: str | None,
+    images: Mapping[str, OpenImage],
+) -> Record:
+    """Whether the guest was quiet at the cut is known after it."""
+    return Record(
+        identifier,
+        vm,
+        f"rp-{secrets.token_hex(8)}",
+        held_by,
+        CRASH,
+        time.time_ns(),
+        config,
+        [RecordDisk(disk.name, disk.image, str(images[disk.image].image.uuid)) for disk in disks],
+        target=target,
+    )
 
 
 def refuse_standing(everything: Iterable[Held], vm: str, images: Mapping[str, OpenImage]) -> None:
