@@ -1,11 +1,13 @@
 """The library in trouble: stopped within a merge, damaged or foreign records, a disk without space."""
 
 import contextlib
+import errno
 import os
 import shutil
 import threading
 from pathlib import Path
 
+import attrs
 import pytest
 import trio
 from image_harness import new_place
@@ -14,9 +16,10 @@ from daemonkit.diskd_api import BackupDisk
 from daemonkit.units import KiB, MiB
 from diskd.core import avhd
 from diskd.core.inventory import LibrarySettings
-from diskd.core.steps import Step, Sync
+from diskd.core.steps import Replace, Step, Sync, Write
 from diskd.errors import Refused
 from diskd.shell.files import Files
+from diskd.shell.held import Held
 from diskd.shell.image import ImageSettings
 from diskd.shell.library import Library, open_library
 
@@ -195,6 +198,59 @@ async def test_an_end_that_cannot_be_recorded_is_made_up_for(tmp_path, settings)
         assert [info.valid for info in library.points("a")] == [True, True]
         assert (await library.changes("a", point)).extents == [(0, BLOCK), (7 * BLOCK, BLOCK)]
         assert (await library.changes("a", frozen.point)).extents == [(7 * BLOCK, BLOCK)]
+
+
+class SealFailsLate(Files):
+    """The seal is renamed into place, and its directory cannot be synced; nothing is recorded afterwards, not
+    even that the checkpoint is no longer good, until ``mended``."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        self.mended = False
+
+    def _step(self, step: Step):
+        if self.mended:
+            return super()._step(step)
+        if isinstance(step, Replace) and b'"sealed"' in step.data:
+            super()._step(step)
+        if isinstance(step, Replace | Write):
+            raise OSError(errno.EIO, "simulated")
+        return super()._step(step)
+
+
+class OnBadStorage(dict[str, Held]):
+    """The checkpoints of a library; the storage of each goes bad once it has begun."""
+
+    def __setitem__(self, identifier: str, held: Held) -> None:
+        held.files.close()
+        held.files = SealFailsLate(held.files.directory)
+        super().__setitem__(identifier, held)
+
+
+async def test_a_seal_that_may_be_durable_keeps_the_parent_until_it_is_flagged(tmp_path, settings):
+    """B2, where a begin failed and its end could not be recorded: the frozen view may stand at the next start."""
+    root = tmp_path / "root"
+    async with doomed(root, attrs.evolve(settings, avhd_limit_bytes=2 * BLOCK)) as library:
+        await library.create_image("a", SIZE)
+        library._checkpoints.held = begun = OnBadStorage()
+        with pytest.raises(Refused, match="cannot begin"):
+            await library.begin_checkpoint("web", DISKS, "")
+        parent = root / "images" / "a" / avhd.PARENT_FILE
+        device = await plain(library)
+        await device.write(0, b"1" * 2 * BLOCK)
+        with pytest.raises(OSError, match="simulated"):
+            await device.write(8 * BLOCK, b"2" * BLOCK)
+        assert not any(parent.read_bytes()), "nothing durable says that the frozen view has ended"
+        (held,) = begun.values()
+        held.files.mended = True
+        await device.write(8 * BLOCK, b"2" * BLOCK)
+        assert parent.read_bytes()[8 * BLOCK : 9 * BLOCK] == b"2" * BLOCK
+    async with open_library(root, settings) as library:
+        with pytest.raises(Refused, match="no interrupted backup"):
+            await library.resume_checkpoint("web")
+        device = await plain(library)
+        assert await device.read(0, 2 * BLOCK) == b"1" * 2 * BLOCK
+        assert await device.read(8 * BLOCK, BLOCK) == b"2" * BLOCK
 
 
 async def test_a_merge_that_failed_refuses_the_next_checkpoint(tmp_path, settings):

@@ -260,7 +260,8 @@ class Checkpoints:
                 await self.persist(held, ended)
             except OSError as error:
                 held.record = ended
-                if not await self._can_flag(held):
+                held.may_stand = not await self._can_flag(held)
+                if held.may_stand:
                     # The record may say "sealed": while nothing says otherwise, durably, the parents stay.
                     for image in held.images.values():
                         image.stuck = f"the end of {held.record.checkpoint} cannot be recorded: {error}"
@@ -281,7 +282,7 @@ class Checkpoints:
     def invalidator(self, held: Held) -> Invalidate:
         async def invalidate(reason: str) -> None:
             async with held.lock:
-                if held.record.is_standing and not held.invalid:
+                if (held.record.is_standing or held.may_stand) and not held.invalid:
                     await self._flag(held)
                     log.warning("checkpoint.invalid", checkpoint=held.record.checkpoint, reason=reason)
                 self.start_merging(held, reason)

@@ -31,6 +31,7 @@ class Held:
     images: dict[str, OpenImage]
     disks: dict[str, FrozenImage] = attrs.field(factory=dict)
     invalid: bool = False
+    may_stand: bool = False  # its end is decided, and on disk it may be sealed, and valid, all the same
     incomplete: bool = False  # an image of it is damaged: its next opening goes on
     lost: str | None = None  # why it is no longer this daemon's: an image of it is not
     idle: object | None = None  # since when nobody holds it: a token of that moment
