@@ -1,4 +1,4 @@
-"""The batches of a merge: which blocks a write takes out of one, which it waits for, and that there is an end."""
+"""The batches of a merge: what a write takes out of one, what it waits for, and that there is an end."""
 
 from random import Random
 
@@ -55,7 +55,7 @@ def test_a_batch_cut_short_is_vouched_for_again():
 
 @pytest.mark.parametrize("left", [0, 1, 100 // FRUIT_SHARE - 1, 100 // FRUIT_SHARE])
 def test_after_a_batch_that_little_came_of_the_next_ones_writes_wait(left):
-    """Else a guest that rewrites the same blocks all the time would hold the merge up for as long as it likes."""
+    """Else a guest that rewrites the same blocks all the time would hold up the merge for ever."""
     running = merge_of(1000, 100)
     running.start_batch()
     running.leave(0, 100 - left)

@@ -228,7 +228,7 @@ class OnBadStorage(dict[str, Held]):
 
 
 async def test_a_seal_that_may_be_durable_keeps_the_parent_until_it_is_flagged(tmp_path, settings):
-    """B2, where a begin failed and its end could not be recorded: the frozen view may stand at the next start."""
+    """B2 after a begin that failed: the next start may find it sealed."""
     root = tmp_path / "root"
     async with doomed(root, attrs.evolve(settings, avhd_limit_bytes=2 * BLOCK)) as library:
         await library.create_image("a", SIZE)

@@ -75,5 +75,5 @@ class Pace:
 
 
 def is_late(elapsed_ns: int, left: int, total: int) -> bool:
-    """Whether a merge that had ``total`` blocks, and has ``left`` after so long, would be through too late."""
+    """Whether a merge that had ``total`` blocks, and has ``left`` after so long, would end too late."""
     return elapsed_ns * total > (total - left) * MERGE_NS_GOAL
