@@ -1,4 +1,4 @@
-"""A restore through the cluster: what becomes of the new images where the VM cannot be recorded, or may be."""
+"""A restore through the cluster: the new images of a VM that cannot be recorded, or may have been."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
