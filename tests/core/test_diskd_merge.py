@@ -4,8 +4,11 @@ from random import Random
 
 import pytest
 
+from diskd.core import avhd, overlay
 from diskd.core.avhd import DATA, PARENT, ZERO, AvhdMap, Head
 from diskd.core.merge import FIRM_BLOCKS_MAX, FRUIT_SHARE, Merge
+from diskd.core.steps import Script, Sync, Truncate, Write
+from diskd.sim.disk import Crashed, SimDisk
 
 BLOCK = 4096
 HEAD = Head("cp-0123456789abcdef", "uuid", 5000 * BLOCK, BLOCK, "0011223344556677", "live")
@@ -111,3 +114,109 @@ def test_a_guest_that_never_pauses_does_not_keep_it_from_its_end(seed):
         batches += 1
         assert running.map.entries <= before and runs
     assert batches <= 2 * -(-800 * FRUIT_SHARE // 40)
+
+
+def content(disk: SimDisk, head: Head) -> bytes:
+    """Of the first block, as the next start finds it."""
+    states = AvhdMap.over(head, bytearray(disk.run(avhd.load_cells(head))))
+    return disk.run(overlay.read(BLOCK, states.runs(0, 1), 0, BLOCK))
+
+
+def prepared(parent: bytes, state: bytes | int, seed: int) -> tuple[SimDisk, AvhdMap]:
+    """A parent, and over it, flushed, a first block of these bytes, or of that state."""
+    disk, head = SimDisk(Random(seed)), HEAD
+
+    def before() -> Script[None]:
+        yield Truncate(avhd.PARENT_FILE, head.size_bytes)
+        yield Write(avhd.PARENT_FILE, 0, parent)
+        yield Sync(avhd.PARENT_FILE)
+        yield from avhd.create(head)
+
+    disk.run(before())
+    states = AvhdMap.empty(head)
+    if isinstance(state, bytes):
+        pieces = overlay.plan_write(states, None, 0, BLOCK)
+        assert pieces
+        disk.run(overlay.write_avhd(states, pieces, 0, state))
+        overlay.commit(states, pieces)
+    else:
+        states.set_range(0, 1, state)
+    disk.run(avhd.flush(states.take_dirty(), parent=False))
+    return disk, states
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("length", [BLOCK, 100])
+def test_an_evicted_block_is_whole_after_a_power_loss_at_any_step(length, seed):
+    """B6 and B2: flushed in the AVHD, it is put into the parent; the one or the other counts, never neither."""
+    old, new = b"o" * BLOCK, b"n" * length + b"o" * (BLOCK - length)
+    for crash_at in range(30):
+        disk, states = prepared(b"p" * BLOCK, old, seed)
+        running = Merge(states, 4)
+        disk.crash_in = crash_at
+        try:
+            disk.run(overlay.evict(states, running, overlay.Piece("avhd", 0, length), b"n" * length))
+        except Crashed:
+            disk.power_loss()
+            assert content(disk, HEAD) in (old, new)
+        else:
+            disk.power_loss()
+            assert content(disk, HEAD) == new
+            return
+    raise AssertionError("an eviction of more steps than there are")
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("state", [b"d" * BLOCK, ZERO])
+def test_a_merged_block_is_whole_after_a_power_loss_at_any_step(state, seed):
+    expected = state if isinstance(state, bytes) else bytes(BLOCK)
+
+    def merged(running: Merge) -> Script[None]:
+        yield from running.copy(running.start_batch())
+        yield from running.clear(running.submit_clear())
+        running.forget()
+
+    for crash_at in range(30):
+        disk, states = prepared(b"p" * BLOCK, state, seed)
+        disk.crash_in = crash_at
+        try:
+            disk.run(merged(Merge(states, 4)))
+        except Crashed:
+            disk.power_loss()
+            assert content(disk, HEAD) == expected
+        else:
+            disk.power_loss()
+            assert content(disk, HEAD) == expected and states.entries == 0
+            return
+    raise AssertionError("a merge of more steps than there are")
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_flush_covers_what_went_to_the_parent(seed):
+    """During a merge, and until the parent's first sync after the cut."""
+    disk, states = prepared(b"p" * BLOCK, ZERO, seed)
+    states.set_range(0, 1, PARENT)
+
+    def written() -> Script[None]:
+        yield Write(avhd.PARENT_FILE, 0, b"n" * BLOCK)
+        yield from avhd.flush(states.take_dirty(), parent=True)
+
+    disk.run(written())
+    disk.power_loss()
+    assert content(disk, HEAD) == b"n" * BLOCK
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("crash_at", range(5))
+def test_of_a_removal_cut_short_the_head_is_never_what_is_left(seed, crash_at):
+    """A head without its map is damage, and the image would be refused."""
+    disk, _ = prepared(b"p" * BLOCK, PARENT, seed)
+    disk.crash_in = crash_at
+    try:
+        disk.run(avhd.remove())
+    except Crashed:
+        disk.power_loss()
+    disk.crash_in = None
+    head = disk.run(avhd.load_head())
+    if head is not None:
+        assert content(disk, head) == b"p" * BLOCK
