@@ -148,7 +148,7 @@ def prepared(parent: bytes, state: bytes | int, seed: int) -> tuple[SimDisk, Avh
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("length", [BLOCK, 100])
 def test_an_evicted_block_is_whole_after_a_power_loss_at_any_step(length, seed):
-    """B6 and B2: flushed in the AVHD, it is put into the parent; the one or the other counts, never neither."""
+    """B6 and B2: flushed in the AVHD, it is put into the parent; one of the two counts, never none."""
     old, new = b"o" * BLOCK, b"n" * length + b"o" * (BLOCK - length)
     for crash_at in range(30):
         disk, states = prepared(b"p" * BLOCK, old, seed)

@@ -241,6 +241,28 @@ async def test_a_map_in_shared_memory_that_no_head_names_goes_with_the_next_open
         assert sum(path.name.startswith(f"holdfast-{other.hex}") for path in left) == 1
 
 
+async def test_what_a_killed_daemon_left_is_flushed_and_killed_again(tmp_path):
+    """Its writes are known from shared memory only; a flush in the next life speaks of them as well, and what
+    that life writes has to be found by a third."""
+    async with doomed(tmp_path) as library:
+        await library.create_image("a", SIZE)
+        await library.begin_checkpoint("web", DISKS, "", held_by="hand")
+        export = await open_plain(library)
+        await export.device.write(0, b"1" * BLOCK)
+    async with doomed(tmp_path) as library:
+        export = await open_plain(library)
+        await export.device.write(2 * BLOCK, b"2" * BLOCK)
+    async with doomed(tmp_path) as library:
+        export = await open_plain(library)
+        assert await export.device.read(0, 3 * BLOCK) == b"1" * BLOCK + bytes(BLOCK) + b"2" * BLOCK
+        await export.device.flush()
+    for path in shared(tmp_path).glob("*.avhd"):
+        path.unlink()  # as a power loss does
+    async with doomed(tmp_path) as library:
+        export = await open_plain(library)
+        assert await export.device.read(0, 3 * BLOCK) == b"1" * BLOCK + bytes(BLOCK) + b"2" * BLOCK
+
+
 async def test_a_torn_checkpoint_never_happened(tmp_path):
     """The record says preparing: the cut is undone, its writes are merged, its changes stay tracked."""
     guest = Guest(random.Random(3))

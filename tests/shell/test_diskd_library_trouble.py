@@ -284,3 +284,110 @@ async def test_nothing_is_left_in_shared_memory_of_what_is_deleted(tmp_path, set
         assert [info.state for info in library.images()] == ["damaged"]
         await library.delete_image("a")
     assert os.listdir(settings.shared_dir) == []
+
+
+class AfterTheCut:
+    """Syncs of an image's files wait, from the cut on, until ``go``."""
+
+    def __init__(self, library: Library) -> None:
+        opened = library.opened("a")
+        assert opened is not None
+        self._image = opened
+        self._go = threading.Event()
+        self.waiting = 0
+        opened.image.files._sync = self._sync
+
+    def _sync(self, descriptor: int) -> None:
+        if self._image.overlay is not None:
+            self.waiting += 1
+            self._go.wait(20)
+        os.fdatasync(descriptor)
+
+    def go(self) -> None:
+        self._go.set()
+
+
+async def test_a_flush_between_the_cut_and_its_sync_covers_what_came_before(tmp_path, settings):
+    """The parent holds writes from before it, which a power loss could take back."""
+    async with open_library(tmp_path / "root", settings) as library:
+        await library.create_image("a", SIZE)
+        device = await plain(library)
+        storage = AfterTheCut(library)
+        flushed = False
+
+        async def flush() -> None:
+            nonlocal flushed
+            await device.flush()
+            flushed = True
+
+        async with trio.open_nursery() as nursery:
+            await device.write(0, b"1" * BLOCK)
+            nursery.start_soon(library.begin_checkpoint, "web", DISKS, "")
+            await until(lambda: storage.waiting > 0)
+            nursery.start_soon(flush)
+            try:
+                with trio.move_on_after(0.2):
+                    await until(lambda: flushed)
+                assert not flushed
+            finally:
+                storage.go()
+        assert flushed
+
+
+async def test_a_checkpoint_that_is_invalid_before_it_is_sealed_has_not_begun(tmp_path, settings):
+    async with open_library(tmp_path / "root", settings) as library:
+        await library.create_image("a", SIZE)
+        device = await plain(library)
+        await device.write(0, b"1" * BLOCK)
+        storage = AfterTheCut(library)
+        async with trio.open_nursery() as nursery:
+
+            async def begin() -> None:
+                with pytest.raises(Refused, match="invalidated while it began"):
+                    await library.begin_checkpoint("web", DISKS, "")
+
+            nursery.start_soon(begin)
+            await until(lambda: storage.waiting > 0)
+            (held,) = library._checkpoints.held.values()
+            await library._checkpoints.invalidator(held)("a test")
+            storage.go()
+        await until(lambda: library.checkpoints() == [])
+        assert library.points("a") == [] and library.image("a").checkpoint is None
+        assert await device.read(0, BLOCK) == b"1" * BLOCK
+
+
+class GatedWrites(Files):
+    """Writes to the AVHD, other than those in place, wait for ``gate``."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        self.gate = threading.Event()
+        self.waiting = 0
+
+    def _step(self, step: Step):
+        if isinstance(step, Write) and step.file == avhd.DATA_FILE:
+            self.waiting += 1
+            self.gate.wait(20)
+        return super()._step(step)
+
+
+async def test_a_write_that_a_merge_did_not_see_is_merged_too(tmp_path, settings):
+    """It was planned for the AVHD, and arrives there when nothing seems to be left to merge."""
+    async with open_library(tmp_path / "root", settings) as library:
+        await library.create_image("a", SIZE)
+        device = await plain(library)
+        await device.write(0, b"1" * BLOCK)
+        image = library.opened("a")
+        assert image is not None
+        image.files.close()
+        image.files = files = GatedWrites(image.image.directory)
+        frozen = await library.begin_checkpoint("web", DISKS, "")
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(device.write, 0, b"2" * BLOCK)
+            await until(lambda: files.waiting > 0)
+            await frozen.end("discard")
+            await until(lambda: image.image.is_held)
+            files.gate.set()
+        await until(lambda: library.image("a").checkpoint is None)
+        assert await device.read(0, BLOCK) == b"2" * BLOCK
+        assert (image.image.directory / avhd.PARENT_FILE).read_bytes()[:BLOCK] == b"2" * BLOCK

@@ -273,6 +273,8 @@ async def test_a_checkpoint_of_two_images_waits_until_both_are_with_one_daemon(s
         for name in ("a", "b"):
             assert await read(two, f"{name}:{frozen.checkpoint}", 0, BLOCK) == name.encode() * BLOCK
             assert await read(two, name, 0, BLOCK) == b"2" * BLOCK
+            image = two.opened(name)
+            assert image is not None and image.stuck is None, "or the next checkpoint would be refused"
         await two.end_checkpoint(frozen.checkpoint, "keep")
         await until(lambda: two.checkpoints() == [])
         for name in ("a", "b"):
