@@ -226,6 +226,26 @@ async def test_a_damaged_avhd_refuses_the_image(tmp_path, name):
     assert (path.parent / "disk.map").exists(), "what is left is left for whoever repairs it"
 
 
+async def test_a_checkpoint_is_settled_when_the_image_that_was_damaged_is_there_again(tmp_path):
+    """On all of its images or on none: a point of one alone is no base for anything."""
+    async with doomed(tmp_path) as library:
+        for name in ("a", "b"):
+            await library.create_image(name, SIZE)
+        frozen = await library.begin_checkpoint("web", [*DISKS, BackupDisk("data", "b")], "", held_by="hand")
+    head = tmp_path / "root/images/a/checkpoint/head"
+    whole = head.read_bytes()
+    head.write_bytes(b"damaged")
+    async with open_library(tmp_path / "root", settings(tmp_path)) as library:
+        await library.end_checkpoint(frozen.checkpoint, "keep")
+        head.write_bytes(whole)
+        await library.open_image("a")
+        with trio.fail_after(20):
+            while library.checkpoints():  # noqa: ASYNC110 - no event tells it from outside
+                await trio.sleep(0.002)
+        for name in ("a", "b"):
+            assert [(point.point, point.valid) for point in library.points(name)] == [(frozen.point, True)]
+
+
 async def test_a_map_in_shared_memory_that_no_head_names_goes_with_the_next_opening(tmp_path):
     """A kill between its making and the head's, or between the next head and its removal."""
     async with doomed(tmp_path) as library:

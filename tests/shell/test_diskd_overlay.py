@@ -246,10 +246,22 @@ async def test_a_failed_sync_is_final(tmp_path):
 
 async def test_a_cancelled_flush_leaves_nothing_unvouched(tmp_path):
     async with rig(tmp_path, 7) as r:
+        await r.layer.write(5 * BLOCK, b"0" * BLOCK)
+        await r.layer.flush()
         await r.layer.write(0, b"1" * BLOCK)
-        with trio.CancelScope() as scope:
-            scope.cancel()
-            await r.layer.flush()
+        r.files._limiter.total_tokens = 1
+        r.files.slow, r.files.gate = only(Write(avhd.DATA_FILE, 5 * BLOCK, b"2" * BLOCK)), threading.Event()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(r.layer.write, 5 * BLOCK, b"2" * BLOCK)
+            await waits(r.files)
+            with trio.CancelScope() as scope:
+                async with trio.open_nursery() as flushing:
+                    flushing.start_soon(r.layer.flush)
+                    with trio.fail_after(20):
+                        while r.layer.map.dirty:  # until it has them, and waits for a thread
+                            await trio.lowlevel.checkpoint()
+                    scope.cancel()
+            r.files.gate.set()
         await r.layer.flush()
         states = AvhdMap.over(HEAD, bytearray(await r.files.run(avhd.load_cells(HEAD))))
         assert states.state(0) == avhd.DATA
@@ -390,3 +402,37 @@ async def test_the_avhd_is_not_removed_under_a_read(tmp_path):
                     await trio.lowlevel.checkpoint()
             r.files.gate.set()
         assert found == [b"1" * 100]
+
+
+async def test_a_merge_that_is_stopped_lets_the_writes_go_that_waited_for_it(tmp_path):
+    """Or whoever stops it, to give the image away, would wait for them."""
+    async with rig(tmp_path, 14) as r:
+        await r.layer.write(0, b"1" * BLOCK)
+        r.files.slow, r.files.gate = only(Write(avhd.DATA_FILE, 0, b"2" * BLOCK)), threading.Event()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(r.layer.write, 0, b"2" * BLOCK)
+            await waits(r.files)
+            with trio.CancelScope() as scope:
+                async with trio.open_nursery() as merging:
+                    merging.start_soon(r.merge)
+                    with trio.fail_after(20):
+                        while r.layer.merge is None or not r.layer.merge.claimed:
+                            await trio.lowlevel.checkpoint()
+                    scope.cancel()
+            r.files.gate.set()
+        with trio.fail_after(20):
+            await r.layer.write(0, b"3" * BLOCK)
+        assert await r.layer.read(0, BLOCK) == b"3" * BLOCK
+
+
+@pytest.mark.parametrize("length", [BLOCK, 100])
+async def test_no_write_in_place_exceeds_the_limit(tmp_path, length):
+    async with rig(tmp_path, 15) as r:
+        await r.layer.read(0, SIZE)  # at hand, so that blocks are copied up in place
+        r.layer.settings = attrs.evolve(r.layer.settings, avhd_limit_bytes=2 * BLOCK)
+        taken = [r.layer.write_nowait(block * BLOCK, b"1" * length) for block in (0, 7, 3)]
+        assert taken == [True, True, False]
+        assert r.layer.map.data_blocks == 2
+        assert r.layer.write_nowait(7 * BLOCK + 9, b"2" * 50), "no new block"
+        await r.layer.write(3 * BLOCK, b"3" * length)
+        assert r.failures and r.layer.mode is Mode.MERGING
