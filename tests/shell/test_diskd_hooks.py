@@ -102,6 +102,17 @@ async def test_a_freeze_that_fails_fails_the_backup_and_the_guest_is_thawed(tmp_
         assert library.points("a") == [] and library.image("a").checkpoint is None
 
 
+async def test_what_could_not_be_thawed_is_not_frozen(tmp_path, programs):
+    (programs.directory / "thaw").chmod(0o777)
+    async with serving(tmp_path, programs) as library:
+        with pytest.raises(Refused, match=r"the thaw hook of web: .* can be written by others"):
+            await library.begin_checkpoint("web", DISKS, CONFIG)
+        frozen = await library.begin_checkpoint("web", DISKS, CONFIG, allow_crash_consistent=True)
+        assert frozen.consistency == "crash"
+        assert programs.said() == []
+        await frozen.end("discard")
+
+
 async def test_where_that_is_allowed_it_goes_on_without(tmp_path, programs):
     programs.write("freeze", "exit 1")
     async with serving(tmp_path, programs) as library:

@@ -1,6 +1,7 @@
 """The library killed at any moment of a checkpoint's life, on real files: restarted, merged, compared."""
 
 import random
+import shutil
 from contextlib import asynccontextmanager
 from pathlib import Path
 from uuid import UUID, uuid4
@@ -224,6 +225,26 @@ async def test_a_damaged_avhd_refuses_the_image(tmp_path, name):
             await library.open_image("a")
         assert next(iter(library.names())) == "b"
     assert (path.parent / "disk.map").exists(), "what is left is left for whoever repairs it"
+
+
+async def test_the_avhd_of_another_image_is_not_put_over_this_one(tmp_path):
+    async with doomed(tmp_path) as library:
+        for name in ("a", "b"):
+            await library.create_image(name, SIZE)
+        await library.begin_checkpoint("web", DISKS, "", held_by="hand")
+    images = tmp_path / "root/images"
+    shutil.copytree(images / "a/checkpoint", images / "b/checkpoint")
+    async with open_library(tmp_path / "root", settings(tmp_path)) as library:
+        assert [(info.name, info.state) for info in library.images()] == [("a", "open"), ("b", "damaged")]
+        assert "belongs to another image" in (library.image("b").reason or "")
+
+
+def test_a_map_in_shared_memory_of_another_boot_is_not_believed(tmp_path):
+    nonce = live_map.new_nonce(uuid4())
+    LiveMap.create(tmp_path, nonce, b"\x01" * 16, "this boot").abandon()
+    assert live_map.recover(tmp_path, nonce, 16, "this boot") == b"\x01" * 16
+    assert live_map.recover(tmp_path, nonce, 16, "another") is None
+    assert live_map.recover(tmp_path, nonce, 17, "this boot") is None
 
 
 async def test_a_checkpoint_is_settled_when_the_image_that_was_damaged_is_there_again(tmp_path):

@@ -329,6 +329,9 @@ async def test_a_flush_between_the_cut_and_its_sync_covers_what_came_before(tmp_
                 with trio.move_on_after(0.2):
                     await until(lambda: flushed)
                 assert not flushed
+                (info,) = library.checkpoints()
+                with pytest.raises(Refused, match="still beginning"):
+                    await library.end_checkpoint(info.checkpoint, "discard")
             finally:
                 storage.go()
         assert flushed

@@ -99,6 +99,17 @@ async def test_a_new_backup_abandons_it(tmp_path):
         assert [info.point for info in library.points("a")] == [second.point]
 
 
+async def test_a_backup_of_its_image_as_another_vms_abandons_it_too(tmp_path):
+    async with serving(tmp_path) as library:
+        first = await interrupted(library)
+        await first.suspend()
+        with trio.fail_after(20):
+            second = await library.begin_checkpoint("other", DISKS, "")
+        assert frozen_block(second, 1) == b"2" * BLOCK
+        await second.end("discard")
+        assert [info.point for info in library.points("a")] == [first.point], "pending"
+
+
 async def test_it_is_given_up_in_time_unless_somebody_came_back(tmp_path):
     async with serving(tmp_path, checkpoint_resume_timeout_ns=HOUR_NS) as library:
         first = await interrupted(library)

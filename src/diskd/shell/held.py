@@ -176,3 +176,13 @@ def refuse_standing(everything: Iterable[Held], vm: str, images: Mapping[str, Op
             if held.record.held_by == "backup":
                 raise Refused(f"{what} by a backup that runs: wait until that one has ended")
             raise Refused(f"{what} (by hand): end it first (diskctl checkpoint end {held.record.checkpoint})")
+
+
+def refuse_live_backup(held: Held) -> None:
+    """Raises Refused where a backup is at work with it: only its target can call its point good (B3)."""
+    record = held.record
+    if record.held_by == "backup" and record.is_standing and held.idle is None:
+        raise Refused(
+            f"checkpoint {record.checkpoint} of VM {record.vm} is held by a backup that runs:"
+            " its target's word makes its point valid (--discard gives the backup up)"
+        )
