@@ -138,3 +138,29 @@ def test_a_vm_file_that_is_none_is_refused() -> None:
     for text in ("", "name = 1", 'name = "web"', "no toml"):
         with pytest.raises(OperatorError, match="the backup's VM file"):
             renamed_vm(text, name="x", images={}, diskd="main")
+
+
+@pytest.mark.parametrize("once_asked", [False, True])
+@pytest.mark.parametrize("is_back", [False, True])
+def test_a_command_whose_writing_was_not_answered_may_have_been_recorded(
+    once_asked: bool, is_back: bool
+) -> None:
+    """Also where the next look finds its own VM there, and calls it a namesake."""
+    story = Story()
+    world, core = story.world, core_of(story, "n2")
+    ticket = world.command("n2", c.AddVm(vm()))
+    if once_asked:
+        assert world.run_while(
+            lambda: not core.store.is_writing("command", str(ticket)), world.now + 8 * SECOND
+        )
+    story.do("cut n2 store")
+    if is_back:
+        world.run_for(SECOND // 2)
+        story.do("heal n2 store")
+    assert world.run_while(lambda: ticket not in world.answers, world.now + 60 * SECOND)
+    answer = world.answers[ticket]
+    story.do("heal n2 store")
+    world.run_for(5 * SECOND)
+    is_there = core.vm_config("web") is not None
+    assert answer.accepted or answer.is_unknown or not is_there
+    assert not (answer.is_unknown and not once_asked)

@@ -51,6 +51,9 @@ def test_a_mapped_copy_that_is_not_named_for_sure_is_not_believed():
         disk = made()
         disk.poke(avhd.LIVE_FILE, place, bytes([disk.peek(avhd.LIVE_FILE)[place] ^ 1]))
         assert disk.run(avhd.load_head()) == attrs.evolve(HEAD, live_nonce="")
+    disk = made()  # left by an earlier AVHD
+    disk.poke(avhd.LIVE_FILE, 0, avhd.encode_live(attrs.evolve(HEAD, nonce="ffeeddccbbaa9988")))
+    assert disk.run(avhd.load_head()) == attrs.evolve(HEAD, live_nonce="")
     disk = made()
     disk.execute(Remove(avhd.LIVE_FILE))
     found = disk.run(avhd.load_head())

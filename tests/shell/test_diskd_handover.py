@@ -152,6 +152,31 @@ async def test_a_merge_that_was_decided_on_before_a_handover_does_not_begin_afte
         assert image.stuck is None
 
 
+async def test_a_checkpoint_that_waits_for_a_merge_is_refused_when_its_image_is_lost(storage: Hosts):
+    async with storage.serving("n1") as one:
+        await leased(one)
+        frozen = await with_avhd(one)
+        gate = Gate()
+        image = one.opened("web")
+        image.files._sync = gate.sync
+        await frozen.end("discard")
+        await until(lambda: gate.waiting > 0)
+        async with trio.open_nursery() as nursery:
+
+            async def begin() -> None:
+                with pytest.raises(Refused, match="image web is not served here any more"):
+                    await one.begin_checkpoint("web", disks("web"), "")
+
+            nursery.start_soon(begin)
+            await until(lambda: one._checkpoints.is_beginning("web"))
+            nursery.start_soon(one._lives.lose, "web", image, "a test")
+            await until(lambda: one.opened("web") is None)
+            gate.is_open = True
+            with trio.fail_after(20):
+                while one._checkpoints.is_beginning("web"):  # noqa: ASYNC110 - no event tells it from outside
+                    await trio.sleep(0.005)
+
+
 async def test_a_point_whose_deletion_came_too_late_for_the_handover_is_not_deleted(storage: Hosts):
     async with storage.serving("n1") as one, storage.serving("n2", "host2") as two:
         await leased(one)

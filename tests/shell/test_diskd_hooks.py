@@ -102,6 +102,17 @@ async def test_a_freeze_that_fails_fails_the_backup_and_the_guest_is_thawed(tmp_
         assert library.points("a") == [] and library.image("a").checkpoint is None
 
 
+async def test_what_could_not_be_thawed_is_not_frozen(tmp_path, programs):
+    (programs.directory / "thaw").chmod(0o777)
+    async with serving(tmp_path, programs) as library:
+        with pytest.raises(Refused, match=r"the thaw hook of web: .* can be written by others"):
+            await library.begin_checkpoint("web", DISKS, CONFIG)
+        frozen = await library.begin_checkpoint("web", DISKS, CONFIG, allow_crash_consistent=True)
+        assert frozen.consistency == "crash"
+        assert programs.said() == []
+        await frozen.end("discard")
+
+
 async def test_where_that_is_allowed_it_goes_on_without(tmp_path, programs):
     programs.write("freeze", "exit 1")
     async with serving(tmp_path, programs) as library:
@@ -241,3 +252,21 @@ async def test_a_killed_diskd_thaws_at_its_next_start(tmp_path, programs):
     async with serving(tmp_path, programs) as library:
         await until(lambda: library.checkpoints() == [])
         assert programs.said() == [THAWED]
+
+
+async def test_a_guest_is_served_while_it_is_thawed_after_a_kill(tmp_path, programs):
+    """Thawing may need the guest's own disk: a start that waited for it would wait for itself."""
+    served, thawed = tmp_path / "served", tmp_path / "thawed"
+    async with serving(tmp_path, programs) as library:
+        uuid = library.image("a").uuid
+    disks = [RecordDisk("system", "a", uuid)]
+    record = Record(f"cp-{1:016x}", "web", f"rp-{1:016x}", "backup", "crash", 1, CONFIG, disks)
+    (await make_directory(tmp_path / "root/checkpoints", record, "killed")).close()
+    programs.write("thaw", f'while ! [ -e "{served}" ]; do sleep 0.02; done; touch "{thawed}"')
+    async with serving(tmp_path, programs, timeout_ns=SECOND) as library:
+        assert not thawed.exists()
+        with pytest.raises(Refused, match=f"checkpoint {record.checkpoint} of VM web is held"):
+            await library.begin_checkpoint("web", DISKS, CONFIG)
+        served.touch()
+        await until(lambda: library.checkpoints() == [])
+        assert thawed.exists()

@@ -133,7 +133,7 @@ async def test_a_frozen_view_reads_in_place_and_reports_once(tmp_path: Path) -> 
     async with library_at(tmp_path) as library:
         writer = (await library.open("a", peer="test", drop=print)).device
         first = await library.begin_checkpoint("vm", [BackupDisk("d", "a")], "")
-        await library.end_checkpoint(first.checkpoint, "keep")
+        await first.end("keep")
         await writer.write(MiB, DATA)
         second = await library.begin_checkpoint("vm", [BackupDisk("d", "a")], "")
         await writer.write(MiB, bytes(4096))

@@ -227,6 +227,20 @@ async def test_a_second_begin_is_refused_naming_the_first(tmp_path):
         await again.end("discard")
 
 
+async def test_no_hand_calls_the_point_of_a_backup_that_runs_good(tmp_path):
+    """Its target has not committed it (B3). Giving it up is anybody's right."""
+    async with serving(tmp_path) as library:
+        await library.create_image("a", SIZE)
+        frozen = await library.begin_checkpoint("web", disks("a"), "")
+        with pytest.raises(Refused, match="by a backup that runs: its target's word makes its point valid"):
+            await library.end_checkpoint(frozen.checkpoint, "keep")
+        assert [info.valid for info in library.points("a")] == [False]
+        await library.end_checkpoint(frozen.checkpoint, "discard")
+        with pytest.raises(Refused, match=r"has ended already|there is no checkpoint"):
+            await frozen.end("keep")
+        assert library.points("a") == []
+
+
 async def test_all_disks_are_cut_at_one_instant(tmp_path):
     """A writer bumps a counter on a, then on b: the frozen b is never ahead of the frozen a."""
     async with serving(tmp_path) as library:

@@ -1,6 +1,7 @@
 """The library killed at any moment of a checkpoint's life, on real files: restarted, merged, compared."""
 
 import random
+import shutil
 from contextlib import asynccontextmanager
 from pathlib import Path
 from uuid import UUID, uuid4
@@ -203,14 +204,14 @@ async def test_the_frozen_view_survives_a_kill(tmp_path):
         view.close()
 
 
-@pytest.mark.parametrize("name", ["disk.map", "head", "disk.avhd"])
+@pytest.mark.parametrize("name", ["disk.map", "head", "disk.avhd", "no head"])
 async def test_a_damaged_avhd_refuses_the_image(tmp_path, name):
     async with doomed(tmp_path) as library:
         await library.create_image("a", SIZE)
         await library.create_image("b", SIZE)
         await library.begin_checkpoint("web", [*DISKS, BackupDisk("data", "b")], "", held_by="hand")
-    path = tmp_path / "root/images/a/checkpoint" / name
-    if name == "disk.avhd":
+    path = tmp_path / "root/images/a/checkpoint" / name.removeprefix("no ")
+    if name in ("disk.avhd", "no head"):
         path.unlink()
     else:
         data = bytearray(path.read_bytes())
@@ -223,6 +224,47 @@ async def test_a_damaged_avhd_refuses_the_image(tmp_path, name):
         with pytest.raises(Refused):
             await library.open_image("a")
         assert next(iter(library.names())) == "b"
+    assert (path.parent / "disk.map").exists(), "what is left is left for whoever repairs it"
+
+
+async def test_the_avhd_of_another_image_is_not_put_over_this_one(tmp_path):
+    async with doomed(tmp_path) as library:
+        for name in ("a", "b"):
+            await library.create_image(name, SIZE)
+        await library.begin_checkpoint("web", DISKS, "", held_by="hand")
+    images = tmp_path / "root/images"
+    shutil.copytree(images / "a/checkpoint", images / "b/checkpoint")
+    async with open_library(tmp_path / "root", settings(tmp_path)) as library:
+        assert [(info.name, info.state) for info in library.images()] == [("a", "open"), ("b", "damaged")]
+        assert "belongs to another image" in (library.image("b").reason or "")
+
+
+def test_a_map_in_shared_memory_of_another_boot_is_not_believed(tmp_path):
+    nonce = live_map.new_nonce(uuid4())
+    LiveMap.create(tmp_path, nonce, b"\x01" * 16, "this boot").abandon()
+    assert live_map.recover(tmp_path, nonce, 16, "this boot") == b"\x01" * 16
+    assert live_map.recover(tmp_path, nonce, 16, "another") is None
+    assert live_map.recover(tmp_path, nonce, 17, "this boot") is None
+
+
+async def test_a_checkpoint_is_settled_when_the_image_that_was_damaged_is_there_again(tmp_path):
+    """On all of its images or on none: a point of one alone is no base for anything."""
+    async with doomed(tmp_path) as library:
+        for name in ("a", "b"):
+            await library.create_image(name, SIZE)
+        frozen = await library.begin_checkpoint("web", [*DISKS, BackupDisk("data", "b")], "", held_by="hand")
+    head = tmp_path / "root/images/a/checkpoint/head"
+    whole = head.read_bytes()
+    head.write_bytes(b"damaged")
+    async with open_library(tmp_path / "root", settings(tmp_path)) as library:
+        await library.end_checkpoint(frozen.checkpoint, "keep")
+        head.write_bytes(whole)
+        await library.open_image("a")
+        with trio.fail_after(20):
+            while library.checkpoints():  # noqa: ASYNC110 - no event tells it from outside
+                await trio.sleep(0.002)
+        for name in ("a", "b"):
+            assert [(point.point, point.valid) for point in library.points(name)] == [(frozen.point, True)]
 
 
 async def test_a_map_in_shared_memory_that_no_head_names_goes_with_the_next_opening(tmp_path):
@@ -238,6 +280,28 @@ async def test_a_map_in_shared_memory_that_no_head_names_goes_with_the_next_open
         left = list(shared(tmp_path).glob("*.avhd"))
         assert len(left) == 2 and in_use not in left, "renewed; the other image's is not ours to remove"
         assert sum(path.name.startswith(f"holdfast-{other.hex}") for path in left) == 1
+
+
+async def test_what_a_killed_daemon_left_is_flushed_and_killed_again(tmp_path):
+    """Its writes are known from shared memory only; a flush in the next life speaks of them as well, and what
+    that life writes has to be found by a third."""
+    async with doomed(tmp_path) as library:
+        await library.create_image("a", SIZE)
+        await library.begin_checkpoint("web", DISKS, "", held_by="hand")
+        export = await open_plain(library)
+        await export.device.write(0, b"1" * BLOCK)
+    async with doomed(tmp_path) as library:
+        export = await open_plain(library)
+        await export.device.write(2 * BLOCK, b"2" * BLOCK)
+    async with doomed(tmp_path) as library:
+        export = await open_plain(library)
+        assert await export.device.read(0, 3 * BLOCK) == b"1" * BLOCK + bytes(BLOCK) + b"2" * BLOCK
+        await export.device.flush()
+    for path in shared(tmp_path).glob("*.avhd"):
+        path.unlink()  # as a power loss does
+    async with doomed(tmp_path) as library:
+        export = await open_plain(library)
+        assert await export.device.read(0, 3 * BLOCK) == b"1" * BLOCK + bytes(BLOCK) + b"2" * BLOCK
 
 
 async def test_a_torn_checkpoint_never_happened(tmp_path):

@@ -1,11 +1,13 @@
 """The library in trouble: stopped within a merge, damaged or foreign records, a disk without space."""
 
 import contextlib
+import errno
 import os
 import shutil
 import threading
 from pathlib import Path
 
+import attrs
 import pytest
 import trio
 from image_harness import new_place
@@ -14,9 +16,10 @@ from daemonkit.diskd_api import BackupDisk
 from daemonkit.units import KiB, MiB
 from diskd.core import avhd
 from diskd.core.inventory import LibrarySettings
-from diskd.core.steps import Step, Sync
+from diskd.core.steps import Replace, Step, Sync, Write
 from diskd.errors import Refused
 from diskd.shell.files import Files
+from diskd.shell.held import Held
 from diskd.shell.image import ImageSettings
 from diskd.shell.library import Library, open_library
 
@@ -197,6 +200,59 @@ async def test_an_end_that_cannot_be_recorded_is_made_up_for(tmp_path, settings)
         assert (await library.changes("a", frozen.point)).extents == [(7 * BLOCK, BLOCK)]
 
 
+class SealFailsLate(Files):
+    """The seal is renamed into place, and its directory cannot be synced; nothing is recorded afterwards, not
+    even that the checkpoint is no longer good, until ``mended``."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        self.mended = False
+
+    def _step(self, step: Step):
+        if self.mended:
+            return super()._step(step)
+        if isinstance(step, Replace) and b'"sealed"' in step.data:
+            super()._step(step)
+        if isinstance(step, Replace | Write):
+            raise OSError(errno.EIO, "simulated")
+        return super()._step(step)
+
+
+class OnBadStorage(dict[str, Held]):
+    """The checkpoints of a library; the storage of each goes bad once it has begun."""
+
+    def __setitem__(self, identifier: str, held: Held) -> None:
+        held.files.close()
+        held.files = SealFailsLate(held.files.directory)
+        super().__setitem__(identifier, held)
+
+
+async def test_a_seal_that_may_be_durable_keeps_the_parent_until_it_is_flagged(tmp_path, settings):
+    """B2 after a begin that failed: the next start may find it sealed."""
+    root = tmp_path / "root"
+    async with doomed(root, attrs.evolve(settings, avhd_limit_bytes=2 * BLOCK)) as library:
+        await library.create_image("a", SIZE)
+        library._checkpoints.held = begun = OnBadStorage()
+        with pytest.raises(Refused, match="cannot begin"):
+            await library.begin_checkpoint("web", DISKS, "")
+        parent = root / "images" / "a" / avhd.PARENT_FILE
+        device = await plain(library)
+        await device.write(0, b"1" * 2 * BLOCK)
+        with pytest.raises(OSError, match="simulated"):
+            await device.write(8 * BLOCK, b"2" * BLOCK)
+        assert not any(parent.read_bytes()), "nothing durable says that the frozen view has ended"
+        (held,) = begun.values()
+        held.files.mended = True
+        await device.write(8 * BLOCK, b"2" * BLOCK)
+        assert parent.read_bytes()[8 * BLOCK : 9 * BLOCK] == b"2" * BLOCK
+    async with open_library(root, settings) as library:
+        with pytest.raises(Refused, match="no interrupted backup"):
+            await library.resume_checkpoint("web")
+        device = await plain(library)
+        assert await device.read(0, 2 * BLOCK) == b"1" * 2 * BLOCK
+        assert await device.read(8 * BLOCK, BLOCK) == b"2" * BLOCK
+
+
 async def test_a_merge_that_failed_refuses_the_next_checkpoint(tmp_path, settings):
     """With the reason, instead of waiting for it for ever."""
     async with doomed(tmp_path / "root", settings) as library:
@@ -228,3 +284,113 @@ async def test_nothing_is_left_in_shared_memory_of_what_is_deleted(tmp_path, set
         assert [info.state for info in library.images()] == ["damaged"]
         await library.delete_image("a")
     assert os.listdir(settings.shared_dir) == []
+
+
+class AfterTheCut:
+    """Syncs of an image's files wait, from the cut on, until ``go``."""
+
+    def __init__(self, library: Library) -> None:
+        opened = library.opened("a")
+        assert opened is not None
+        self._image = opened
+        self._go = threading.Event()
+        self.waiting = 0
+        opened.image.files._sync = self._sync
+
+    def _sync(self, descriptor: int) -> None:
+        if self._image.overlay is not None:
+            self.waiting += 1
+            self._go.wait(20)
+        os.fdatasync(descriptor)
+
+    def go(self) -> None:
+        self._go.set()
+
+
+async def test_a_flush_between_the_cut_and_its_sync_covers_what_came_before(tmp_path, settings):
+    """The parent holds writes from before it, which a power loss could take back."""
+    async with open_library(tmp_path / "root", settings) as library:
+        await library.create_image("a", SIZE)
+        device = await plain(library)
+        storage = AfterTheCut(library)
+        flushed = False
+
+        async def flush() -> None:
+            nonlocal flushed
+            await device.flush()
+            flushed = True
+
+        async with trio.open_nursery() as nursery:
+            await device.write(0, b"1" * BLOCK)
+            nursery.start_soon(library.begin_checkpoint, "web", DISKS, "")
+            await until(lambda: storage.waiting > 0)
+            nursery.start_soon(flush)
+            try:
+                with trio.move_on_after(0.2):
+                    await until(lambda: flushed)
+                assert not flushed
+                (info,) = library.checkpoints()
+                with pytest.raises(Refused, match="still beginning"):
+                    await library.end_checkpoint(info.checkpoint, "discard")
+            finally:
+                storage.go()
+        assert flushed
+
+
+async def test_a_checkpoint_that_is_invalid_before_it_is_sealed_has_not_begun(tmp_path, settings):
+    async with open_library(tmp_path / "root", settings) as library:
+        await library.create_image("a", SIZE)
+        device = await plain(library)
+        await device.write(0, b"1" * BLOCK)
+        storage = AfterTheCut(library)
+        async with trio.open_nursery() as nursery:
+
+            async def begin() -> None:
+                with pytest.raises(Refused, match="invalidated while it began"):
+                    await library.begin_checkpoint("web", DISKS, "")
+
+            nursery.start_soon(begin)
+            await until(lambda: storage.waiting > 0)
+            (held,) = library._checkpoints.held.values()
+            await library._checkpoints.invalidator(held)("a test")
+            storage.go()
+        await until(lambda: library.checkpoints() == [])
+        assert library.points("a") == [] and library.image("a").checkpoint is None
+        assert await device.read(0, BLOCK) == b"1" * BLOCK
+
+
+class GatedWrites(Files):
+    """Writes to the AVHD, other than those in place, wait for ``gate``."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        self.gate = threading.Event()
+        self.waiting = 0
+
+    def _step(self, step: Step):
+        if isinstance(step, Write) and step.file == avhd.DATA_FILE:
+            self.waiting += 1
+            self.gate.wait(20)
+        return super()._step(step)
+
+
+async def test_a_write_that_a_merge_did_not_see_is_merged_too(tmp_path, settings):
+    """It was planned for the AVHD, and arrives there when nothing seems to be left to merge."""
+    async with open_library(tmp_path / "root", settings) as library:
+        await library.create_image("a", SIZE)
+        device = await plain(library)
+        await device.write(0, b"1" * BLOCK)
+        image = library.opened("a")
+        assert image is not None
+        image.files.close()
+        image.files = files = GatedWrites(image.image.directory)
+        frozen = await library.begin_checkpoint("web", DISKS, "")
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(device.write, 0, b"2" * BLOCK)
+            await until(lambda: files.waiting > 0)
+            await frozen.end("discard")
+            await until(lambda: image.image.is_held)
+            files.gate.set()
+        await until(lambda: library.image("a").checkpoint is None)
+        assert await device.read(0, BLOCK) == b"2" * BLOCK
+        assert (image.image.directory / avhd.PARENT_FILE).read_bytes()[:BLOCK] == b"2" * BLOCK

@@ -5,6 +5,7 @@ import errno
 from pathlib import Path
 
 import trio
+from structlog.testing import capture_logs
 
 from diskd.core.avhd import DATA, AvhdMap, Head
 from diskd.core.merge import PUNCH_BYTES_MAX, Merge, punch
@@ -60,10 +61,11 @@ class FullDisk:
 
 async def test_a_merge_that_finds_no_space_gives_back_what_it_owes(tmp_path):
     layer = FullDisk(tmp_path)
-    with trio.fail_after(20):
+    with trio.fail_after(20), capture_logs() as said:
         await Merging(layer, Merge(layer.map, 16)).run()
     assert layer.map.entries == 0
     assert layer.refused == 1
+    assert [(line["event"], line["reason"]) for line in said] == [("merge.put_off", "full")]
 
 
 async def test_a_checkpoint_that_cannot_be_given_up_is_tried_again(tmp_path):

@@ -5,16 +5,19 @@ import itertools
 import os
 import random
 import threading
+from collections.abc import Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import attrs
 import pytest
 import trio
 
 from diskd.core import avhd
 from diskd.core.avhd import AvhdMap, Head
 from diskd.core.overlay import Mode
-from diskd.core.steps import Step, Write
+from diskd.core.space import Reserve
+from diskd.core.steps import Punch, Read, Step, Sync, Write
 from diskd.shell.files import Files
 from diskd.shell.live_map import LiveMap
 from diskd.shell.overlay import OverlayLayer
@@ -36,6 +39,9 @@ class FailingFiles(Files):
         self.no_sync = False
         self.gate: threading.Event | None = None  # writes to the AVHD wait for it
         self.waits = False
+        self.refused = 0
+        self.slow: Callable[[Step], bool] | None = None  # which step waits for ``gate``, once
+        self.done: list[Step] = []
 
     def _sync_or_fail(self, descriptor: int) -> None:
         if self.no_sync:
@@ -47,8 +53,19 @@ class FailingFiles(Files):
             if self.gate is not None:
                 self.waits = True
                 self.gate.wait()
+            self.refused += 1
             raise OSError(self.broken, os.strerror(self.broken))
-        return super()._step(step)
+        if self.slow is not None and self.gate is not None and self.slow(step):
+            gate, self.slow, self.waits = self.gate, None, True
+            gate.wait()
+        result = super()._step(step)
+        self.done.append(step)
+        return result
+
+    def sync(self, name: str) -> None:
+        """Those of the parent come from its layer, past the scripts."""
+        super().sync(name)
+        self.done.append(Sync(name))
 
 
 class Rig:
@@ -229,10 +246,193 @@ async def test_a_failed_sync_is_final(tmp_path):
 
 async def test_a_cancelled_flush_leaves_nothing_unvouched(tmp_path):
     async with rig(tmp_path, 7) as r:
+        await r.layer.write(5 * BLOCK, b"0" * BLOCK)
+        await r.layer.flush()
         await r.layer.write(0, b"1" * BLOCK)
-        with trio.CancelScope() as scope:
-            scope.cancel()
-            await r.layer.flush()
+        r.files._limiter.total_tokens = 1
+        r.files.slow, r.files.gate = only(Write(avhd.DATA_FILE, 5 * BLOCK, b"2" * BLOCK)), threading.Event()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(r.layer.write, 5 * BLOCK, b"2" * BLOCK)
+            await waits(r.files)
+            with trio.CancelScope() as scope:
+                async with trio.open_nursery() as flushing:
+                    flushing.start_soon(r.layer.flush)
+                    with trio.fail_after(20):
+                        while r.layer.map.dirty:  # until it has them, and waits for a thread
+                            await trio.lowlevel.checkpoint()
+                    scope.cancel()
+            r.files.gate.set()
         await r.layer.flush()
         states = AvhdMap.over(HEAD, bytearray(await r.files.run(avhd.load_cells(HEAD))))
         assert states.state(0) == avhd.DATA
+
+
+def only(wanted: Step) -> Callable[[Step], bool]:
+    return lambda step: step == wanted
+
+
+async def waits(files: FailingFiles) -> None:
+    with trio.fail_after(20):
+        while not files.waits:
+            await trio.lowlevel.checkpoint()
+
+
+async def test_what_the_avhd_cannot_take_waits_for_the_copy_of_its_block(tmp_path):
+    """Else the merge, which has read the block already, would put the older bytes over the newer ones."""
+    async with rig(tmp_path, 8) as r:
+        await r.layer.write(0, b"1" * BLOCK)
+        copied = Write(avhd.PARENT_FILE, 0, b"1" * BLOCK)
+        r.files.slow, r.files.gate = only(copied), threading.Event()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(r.merge)
+            await waits(r.files)
+            r.files.broken = errno.ENOSPC
+            gate, r.files.gate = r.files.gate, None
+            nursery.start_soon(r.layer.write, 0, b"2" * BLOCK)
+            with trio.fail_after(20):
+                while not r.files.refused:
+                    await trio.lowlevel.checkpoint()
+            newer = Write(avhd.PARENT_FILE, 0, b"2" * BLOCK)
+            with trio.move_on_after(0.2):
+                while newer not in r.files.done:
+                    await trio.lowlevel.checkpoint()
+            gate.set()
+        r.model[:BLOCK] = b"2" * BLOCK
+        assert await r.layer.read(0, SIZE) == r.model == r.path.read_bytes()
+        puts = [step for step in r.files.done if isinstance(step, Write) and step.file == avhd.PARENT_FILE]
+        assert puts == [copied, newer]
+
+
+async def test_a_flush_syncs_the_parent_wherever_it_has_unsynced_writes(tmp_path):
+    async with rig(tmp_path, 9) as r:
+
+        async def flush() -> list[str]:
+            r.files.done.clear()
+            await r.layer.flush()
+            return [step.file for step in r.files.done if isinstance(step, Sync)]
+
+        await r.layer.write(0, b"1" * BLOCK)
+        assert [*dict.fromkeys(await flush())] == [avhd.DATA_FILE, avhd.MAP_FILE, avhd.PARENT_FILE]
+        r.layer.parent_is_synced = True  # the cut is durable
+        await r.layer.write(0, b"2" * BLOCK)
+        assert [*dict.fromkeys(await flush())] == [avhd.DATA_FILE]
+        r.layer.start_merging()
+        await r.layer.write(BLOCK, b"3" * BLOCK)  # the parent's, from now on
+        assert avhd.PARENT_FILE in await flush()
+
+
+async def test_what_is_written_during_a_flush_is_for_the_next_one(tmp_path):
+    async with rig(tmp_path, 10) as r:
+        await r.layer.write(0, b"1" * BLOCK)
+        await r.layer.flush()
+        r.layer.parent_is_synced = True
+        await r.layer.write(0, b"2" * BLOCK)
+        r.files.slow, r.files.gate = only(Sync(avhd.DATA_FILE)), threading.Event()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(r.layer.flush)
+            await waits(r.files)
+            assert r.layer.write_nowait(0, b"3" * BLOCK)
+            r.files.gate.set()
+        r.files.done.clear()
+        await r.layer.flush()
+        assert Sync(avhd.DATA_FILE) in r.files.done
+
+
+async def test_a_merge_clears_no_entries_within_a_flush(tmp_path):
+    """The flush writes sectors as they were before, which would vouch again for what is the parent's."""
+    async with rig(tmp_path, 11) as r:
+        await r.layer.write(0, b"1" * 3 * BLOCK)
+        r.model[: 3 * BLOCK] = b"1" * 3 * BLOCK
+        r.files.slow = lambda step: isinstance(step, Write) and step.file == avhd.MAP_FILE
+        r.files.gate = threading.Event()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(r.layer.flush)
+            await waits(r.files)
+            nursery.start_soon(r.merge)
+            with trio.move_on_after(0.2):
+                while r.layer.map.entries:
+                    await trio.lowlevel.checkpoint()
+            r.files.gate.set()
+        states = AvhdMap.over(HEAD, bytearray(await r.files.run(avhd.load_cells(HEAD))))
+        assert states.entries == 0 == r.layer.map.entries
+        assert r.path.read_bytes() == r.model
+
+
+async def test_nothing_is_punched_under_a_read(tmp_path):
+    async with rig(tmp_path, 12) as r:
+        r.layer.settings = attrs.evolve(r.layer.settings, low_disk_limit=Reserve(size_bytes=1 << 60))
+        await r.layer.write(0, b"1" * 3 * BLOCK)
+        r.files.slow, r.files.gate = only(Read(avhd.DATA_FILE, 5, 100)), threading.Event()
+        found: list[bytes] = []
+
+        async def read() -> None:
+            found.append(await r.layer.read(5, 100))
+
+        def is_punched() -> bool:
+            return any(isinstance(step, Punch) and step.file == avhd.DATA_FILE for step in r.files.done)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(read)
+            await waits(r.files)
+            nursery.start_soon(r.merge)
+            with trio.move_on_after(0.2):
+                while not is_punched():
+                    await trio.lowlevel.checkpoint()
+            r.files.gate.set()
+        assert found == [b"1" * 100]
+        assert is_punched()
+
+
+async def test_the_avhd_is_not_removed_under_a_read(tmp_path):
+    async with rig(tmp_path, 13) as r:
+        await r.layer.write(0, b"1" * 3 * BLOCK)
+        r.files.slow, r.files.gate = only(Read(avhd.DATA_FILE, 5, 100)), threading.Event()
+        found: list[bytes] = []
+
+        async def read() -> None:
+            found.append(await r.layer.read(5, 100))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(read)
+            await waits(r.files)
+            await r.merge()
+            nursery.start_soon(r.layer.dispose)
+            with trio.move_on_after(0.2):
+                while (tmp_path / avhd.DATA_FILE).exists():
+                    await trio.lowlevel.checkpoint()
+            r.files.gate.set()
+        assert found == [b"1" * 100]
+
+
+async def test_a_merge_that_is_stopped_lets_the_writes_go_that_waited_for_it(tmp_path):
+    """Or whoever stops it, to give the image away, would wait for them."""
+    async with rig(tmp_path, 14) as r:
+        await r.layer.write(0, b"1" * BLOCK)
+        r.files.slow, r.files.gate = only(Write(avhd.DATA_FILE, 0, b"2" * BLOCK)), threading.Event()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(r.layer.write, 0, b"2" * BLOCK)
+            await waits(r.files)
+            with trio.CancelScope() as scope:
+                async with trio.open_nursery() as merging:
+                    merging.start_soon(r.merge)
+                    with trio.fail_after(20):
+                        while r.layer.merge is None or not r.layer.merge.claimed:
+                            await trio.lowlevel.checkpoint()
+                    scope.cancel()
+            r.files.gate.set()
+        with trio.fail_after(20):
+            await r.layer.write(0, b"3" * BLOCK)
+        assert await r.layer.read(0, BLOCK) == b"3" * BLOCK
+
+
+@pytest.mark.parametrize("length", [BLOCK, 100])
+async def test_no_write_in_place_exceeds_the_limit(tmp_path, length):
+    async with rig(tmp_path, 15) as r:
+        await r.layer.read(0, SIZE)  # at hand, so that blocks are copied up in place
+        r.layer.settings = attrs.evolve(r.layer.settings, avhd_limit_bytes=2 * BLOCK)
+        taken = [r.layer.write_nowait(block * BLOCK, b"1" * length) for block in (0, 7, 3)]
+        assert taken == [True, True, False]
+        assert r.layer.map.data_blocks == 2
+        assert r.layer.write_nowait(7 * BLOCK + 9, b"2" * 50), "no new block"
+        await r.layer.write(3 * BLOCK, b"3" * length)
+        assert r.failures and r.layer.mode is Mode.MERGING

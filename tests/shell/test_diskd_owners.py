@@ -8,6 +8,7 @@ import trio
 from diskd_libraries import Hosts, hosts
 
 from daemonkit.diskd_api import BackupDisk
+from daemonkit.errors import HoldfastError
 from daemonkit.units import MiB
 from diskd.errors import Fenced, Refused
 from diskd.shell.library import Library
@@ -273,6 +274,28 @@ async def test_a_checkpoint_by_hand_stands_on_after_a_takeover(storage: Hosts):
         assert await changed(two, "a", frozen.point) == {0}
 
 
+async def test_a_checkpoint_goes_on_after_an_opening_that_failed(storage: Hosts):
+    async with storage.doomed("n1a") as one:
+        await one.create_image("a", SIZE)
+        await write(one, "a", 0, b"1" * BLOCK)
+        frozen = await one.begin_checkpoint("web", disks("a"), "", held_by="hand")
+        await write(one, "a", 0, b"2" * BLOCK)
+    head = storage.root / "images/a/checkpoint/head"
+    whole = head.read_bytes()
+    async with storage.serving("n1b") as two:
+        head.write_bytes(b"damaged")
+        with pytest.raises(HoldfastError, match="damaged"):
+            await two.open_image("a")
+        assert two.checkpoints() == []
+        head.write_bytes(whole)
+        await two.open_image("a")
+        assert await read(two, f"a:{frozen.checkpoint}", 0, BLOCK) == b"1" * BLOCK
+        await two.end_checkpoint(frozen.checkpoint, "keep")
+        await until(lambda: two.checkpoints() == [])
+        assert await read(two, "a", 0, BLOCK) == b"2" * BLOCK
+        assert await changed(two, "a", frozen.point) == {0}
+
+
 @pytest.mark.parametrize("other_host", [False, True])
 async def test_a_checkpoint_of_two_images_waits_until_both_are_with_one_daemon(storage: Hosts, other_host):
     host, fenced = ("host2", "host1") if other_host else ("host1", None)
@@ -298,6 +321,8 @@ async def test_a_checkpoint_of_two_images_waits_until_both_are_with_one_daemon(s
         for name in ("a", "b"):
             assert await read(two, f"{name}:{frozen.checkpoint}", 0, BLOCK) == name.encode() * BLOCK
             assert await read(two, name, 0, BLOCK) == b"2" * BLOCK
+            image = two.opened(name)
+            assert image is not None and image.stuck is None, "or the next checkpoint would be refused"
         await two.end_checkpoint(frozen.checkpoint, "keep")
         await until(lambda: two.checkpoints() == [])
         for name in ("a", "b"):

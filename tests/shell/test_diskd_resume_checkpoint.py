@@ -99,6 +99,17 @@ async def test_a_new_backup_abandons_it(tmp_path):
         assert [info.point for info in library.points("a")] == [second.point]
 
 
+async def test_a_backup_of_its_image_as_another_vms_abandons_it_too(tmp_path):
+    async with serving(tmp_path) as library:
+        first = await interrupted(library)
+        await first.suspend()
+        with trio.fail_after(20):
+            second = await library.begin_checkpoint("other", DISKS, "")
+        assert frozen_block(second, 1) == b"2" * BLOCK
+        await second.end("discard")
+        assert [info.point for info in library.points("a")] == [first.point], "pending"
+
+
 async def test_it_is_given_up_in_time_unless_somebody_came_back(tmp_path):
     async with serving(tmp_path, checkpoint_resume_timeout_ns=HOUR_NS) as library:
         first = await interrupted(library)
@@ -107,6 +118,30 @@ async def test_it_is_given_up_in_time_unless_somebody_came_back(tmp_path):
         await until(lambda: [info.state for info in library.checkpoints()] == ["pending"])
         with pytest.raises(Refused, match="no interrupted backup"):
             await library.resume_checkpoint("web")
+
+
+async def test_it_is_not_given_up_under_whoever_came_back(tmp_path, autojump_clock):
+    """Also where that one is interrupted in turn: the time begins anew."""
+    del autojump_clock
+    async with serving(tmp_path, checkpoint_resume_timeout_ns=HOUR_NS) as library:
+        first = await interrupted(library)
+        await first.suspend()
+        await trio.sleep(1800)
+        again = await library.resume_checkpoint("web")
+        await trio.sleep(1801)
+        assert [info.state for info in library.checkpoints()] == ["sealed"]
+        await again.suspend()
+        await trio.sleep(3500)
+        assert [info.state for info in library.checkpoints()] == ["sealed"]
+        await (await library.resume_checkpoint("web")).end("keep")
+
+
+async def test_one_that_is_no_longer_good_does_not_stand(tmp_path):
+    async with serving(tmp_path) as library:
+        first = await interrupted(library)
+        await library._checkpoints.invalidator(library._checkpoints.find(first.checkpoint))("a test")
+        await first.suspend()
+        await until(lambda: [info.state for info in library.checkpoints()] == ["pending"])
 
 
 async def test_one_that_is_no_longer_good_is_not_gone_on_with(tmp_path):

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
 
 import pytest
 import trio
@@ -13,10 +14,12 @@ from loop_mounts import loop_mount
 
 from daemonkit.diskd_api import BackupDisk, BackupRequest
 from daemonkit.rpc import Call
+from diskd.core import avhd
 from diskd.core import san_calls as calls
 from diskd.core.inventory import LibrarySettings
 from diskd.errors import Refused
 from diskd.shell.backup import run_backup
+from diskd.shell.files import Files
 from diskd.shell.library import open_library
 from diskd.shell.repository import open_repository
 from diskd.shell.san import San, SanSource, _begin, _end, _list
@@ -480,3 +483,37 @@ async def test_a_snapshot_that_is_still_being_made_is_not_ended(tmp_path):
             await _end(san)(calls.SanEnd(point, "keep"), call)
             assert place.left() == []
             assert [(p.point, p.valid) for p in library.points("a")] == [(point, True)]
+
+
+class BusyGuest:
+    """A library whose guest writes as soon as a checkpoint stands."""
+
+    def __init__(self, library):
+        self._library = library
+
+    def __getattr__(self, name):
+        return getattr(self._library, name)
+
+    async def begin_checkpoint(self, *arguments, **more):
+        frozen = await self._library.begin_checkpoint(*arguments, **more)
+        await put(self._library, "a", 8192, b"later" * 1000)
+        return frozen
+
+
+async def test_the_avhd_in_a_snapshot_is_as_new_as_its_map_says(tmp_path):
+    """For a third party that wants the newest state: AVHD, map and parent are durable before the snapshot."""
+    with place_on("command", tmp_path) as place:
+        async with place.serving() as (library, san):
+            san.library = BusyGuest(library)
+            wanted = calls.SanBegin("fast", "web", DISKS, "", None)
+            made = await _begin(san)(wanted, Call("test", nothing))
+            files = Files(Path(made.path) / "images" / "a")
+            head = files.run_blocking(avhd.load_head())
+            assert head is not None
+            states = avhd.AvhdMap.over(head, bytearray(files.run_blocking(avhd.load_cells(head))))
+            files.close()
+            assert [states.state(block) for block in range(5)] == [
+                avhd.PARENT, avhd.PARENT, avhd.DATA, avhd.DATA, avhd.PARENT
+            ]  # fmt: skip
+            await _end(san)(calls.SanEnd(made.point, "keep"), Call("test", nothing))
+            await place.gone()

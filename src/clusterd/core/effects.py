@@ -187,11 +187,13 @@ class CheckReferences:
 
 @attrs.frozen
 class AnswerCommand:
-    """Answer the operator's ``CommandGiven`` of this ticket. Refused: ``text`` is the one-line reason."""
+    """Answer the operator's ``CommandGiven`` of this ticket. Refused: ``text`` is the one-line reason.
+    ``is_unknown``: whether it was recorded cannot be told."""
 
     ticket: int
     accepted: bool
     text: str
+    is_unknown: bool = False
 
 
 @attrs.frozen

@@ -60,7 +60,9 @@ class Operator:
         for ticket, waiting in list(self.waiting.items()):
             if self.desk.now >= waiting.until:
                 reason = self.desk.store_reason or "its records keep changing"
-                self._answer(ticket, False, f"the store could not be written in time ({reason}): try again")
+                text = f"the store could not be written in time ({reason}): try again"
+                # Once it was asked to write, it may have, and only its answer was lost.
+                self._answer(ticket, False, text, is_unknown=bool(waiting.text))
             elif self._has_read(waiting) and not self.store.is_writing("command", str(ticket)):
                 self._try(ticket, waiting)
             if ticket in self.waiting:
@@ -74,7 +76,7 @@ class Operator:
         try:
             change = BUILDERS[type(waiting.command)](self.desk, waiting.command)
         except Refused as error:
-            self._answer(ticket, False, str(error))
+            self._answer(ticket, False, str(error), is_unknown=bool(waiting.text))
             return
         waiting.text = change.text
         if not change.puts and not change.deletes:
@@ -93,9 +95,9 @@ class Operator:
                 self.desk.note(EventName.NODE_PROVEN_DEAD, node=command.node, by="operator")
             self._answer(ticket, True, self.waiting[ticket].text)
 
-    def _answer(self, ticket: int, accepted: bool, text: str) -> None:
+    def _answer(self, ticket: int, accepted: bool, text: str, *, is_unknown: bool = False) -> None:
         del self.waiting[ticket]
-        self.desk.act(effects.AnswerCommand(ticket, accepted, text))
+        self.desk.act(effects.AnswerCommand(ticket, accepted, text, is_unknown))
 
 
 def _spec(desk: Desk, vm: str) -> records.VmSpec:

@@ -17,7 +17,7 @@ from clusterd.core.commands import AddVm, Command
 from clusterd.core.effects import AnswerCommand
 from clusterd.core.events import CommandGiven
 from clusterd.core.node import NodeCore
-from clusterd.errors import Refused
+from clusterd.errors import Refused, Unanswered
 from clusterd.shell.diskds import Diskds
 from clusterd.shell.event_log import EventLog
 from clusterd.shell.loop import CoreLoop
@@ -115,10 +115,10 @@ class Control:
         finally:
             self._pending.pop(ticket, None)
         if pending.answer is None:
-            raise Refused(
+            raise Unanswered(
                 f"no answer within {time.monotonic() - started:.0f} s: whether it was recorded is unknown;"
                 " look at `clusterctl status`"
             )
         if not pending.answer.accepted:
-            raise Refused(pending.answer.text)
+            raise (Unanswered if pending.answer.is_unknown else Refused)(pending.answer.text)
         return calls.Accepted(pending.answer.text)

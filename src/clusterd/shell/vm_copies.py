@@ -15,7 +15,7 @@ from clusterd.core import calls
 from clusterd.core.commands import AddVm, Command
 from clusterd.core.node import NodeCore
 from clusterd.core.vm_copies import BackupPlace, check_restored, restored_names
-from clusterd.errors import Refused
+from clusterd.errors import Refused, Unanswered
 from clusterd.shell.diskds import Diskds
 from clusterd.shell.loop import CoreLoop
 from daemonkit.diskd_api import BackupDisk, BackupReport, BackupRequest, RestoreRequest
@@ -116,7 +116,7 @@ class VmCopies:
     # --- restore
 
     async def restore(self, params: calls.RestoreVm, call: Call) -> calls.RestoredVm:
-        """Raises Refused, CallFailed; then no image is left behind."""
+        """Raises Refused, CallFailed; then no image is left behind, except where the VM may be recorded."""
         return await _reporting(call, lambda on_progress: self._restore(params, on_progress))
 
     async def _restore(self, params: calls.RestoreVm, on_progress: OnProgress) -> calls.RestoredVm:
@@ -136,6 +136,12 @@ class VmCopies:
         restored = await self._diskds.restore(params.diskd, request, on_progress)
         try:
             accepted = await self._ask(AddVm(config, start=params.start))
+        except Unanswered as error:
+            kept = ", ".join(sorted(images.values()))
+            raise Unanswered(
+                f"{error}; the restored images {kept} are kept: if 'clusterctl vm show {name}' does not know"
+                " the VM, delete them (diskctl image delete)"
+            ) from error
         except HoldfastError:
             with trio.move_on_after(CLEAN_UP_SECONDS_MAX, shield=True):
                 await self._diskds.delete_images(params.diskd, sorted(images.values()))

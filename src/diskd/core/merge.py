@@ -16,7 +16,7 @@ like this (``must_wait``, ``leave``):
 
 So the set of entries only shrinks, and no order of crashes can let a stale copy win over a flushed write.
 
-A block that the guest rewrites all the time would leave every batch. After a batch that nothing came of, the
+A block that the guest rewrites all the time would leave every batch. After a batch that little came of, the
 next one is *firm*: small, and its writes wait from its start, as if its clearing had been submitted then.
 Likewise blocks that are always busy are *claimed*: the next write to them waits until the batch has had them.
 """
@@ -52,6 +52,9 @@ PUNCH_BYTES_MAX = 4 * MiB
 
 # Writes to a firm batch wait for a copy and two syncs; it is kept small, so that they wait for little else.
 FIRM_BLOCKS_MAX = 64
+
+# After a batch of which less than one part in so many was left, the next one is firm.
+FRUIT_SHARE = 4
 
 # Zeroed blocks cost no copy, so a batch takes that many more of them.
 ZEROES_FACTOR = 16
@@ -158,9 +161,9 @@ class Merge:
 
     def submit_clear(self) -> list[int]:
         """The copy is durable: the blocks still in the batch, whose entries ``clear`` takes back now."""
+        self.fruitless = len(self.batch) * FRUIT_SHARE < len(self.copying)
         self.clearing, self.copying = frozenset(self.batch), frozenset()
         self.batch = set()
-        self.fruitless = not self.clearing
         return sorted(self.clearing)
 
     def clear(self, blocks: Sequence[int]) -> Script[None]:

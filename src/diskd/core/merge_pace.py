@@ -11,13 +11,17 @@ Without a guest at work a batch is as large as allowed, since every batch costs 
 A batch's size is found by trying: halved after one whose copy took too long, doubled after one whose copy did
 not. How long the syncs take has no part in that: on a slow disk small batches would cost more of them, and a
 guest's write waits for a sync only where it meets a block whose entry is being cleared.
+
+The next backup waits for the merge, so beside a guest that never pauses there is a bound: a merge that would
+take longer than ``MERGE_NS_GOAL`` is *late*. It takes half of the time then, in larger batches, so that its
+syncs do not eat that up. (That it ends at all is core.merge's: entries only ever become fewer.)
 """
 
 from typing import Final
 
 import attrs
 
-from daemonkit.units import MILLISECOND, SECOND
+from daemonkit.units import MILLISECOND, MINUTE, SECOND
 
 # For so long the copy may compete with the guest for the processor and the page cache at a stretch.
 COPY_NS_GOAL: Final = 8 * MILLISECOND
@@ -25,6 +29,9 @@ COPY_NS_GOAL: Final = 8 * MILLISECOND
 BLOCKS_MIN: Final = 16
 # With the guest at work the merge rests so many times as long as it copied, and as long as it synced.
 COPY_REST_FACTOR: Final = 3
+# A merge is to be through by then, whatever the guest does.
+MERGE_NS_GOAL: Final = 30 * MINUTE
+LATE_COPY_NS_GOAL: Final = 100 * MILLISECOND
 # A disk that takes long for a sync must not turn every rest into an age.
 REST_NS_MAX: Final = SECOND
 
@@ -40,19 +47,33 @@ class Pace:
     )
 
     def batch_done(
-        self, moved_bytes: int, copy_ns: int, sync_ns: int, *, guest_works: bool, is_tight: bool
+        self,
+        moved_bytes: int,
+        copy_ns: int,
+        sync_ns: int,
+        *,
+        guest_works: bool,
+        is_tight: bool,
+        is_late: bool = False,
     ) -> int:
         """Called after each batch; how long to rest before the next one, in nanoseconds."""
+        goal_ns = LATE_COPY_NS_GOAL if is_late else COPY_NS_GOAL
         if not guest_works or is_tight:
             self.blocks = self.blocks_max
-        elif copy_ns > COPY_NS_GOAL:
+        elif copy_ns > goal_ns:
             self.blocks = max(BLOCKS_MIN, self.blocks // 2)
-        elif copy_ns < COPY_NS_GOAL // 2:
+        elif copy_ns < goal_ns // 2:
             self.blocks = self.blocks * 2
         self.blocks = min(self.blocks, self.blocks_max)
         if is_tight:
             return 0
-        rest = min(copy_ns * COPY_REST_FACTOR + sync_ns, REST_NS_MAX) if guest_works else 0
+        factor = 1 if is_late else COPY_REST_FACTOR
+        rest = min(copy_ns * factor + sync_ns, REST_NS_MAX) if guest_works else 0
         if self.rate is not None:
             rest = max(rest, moved_bytes * SECOND // self.rate - copy_ns - sync_ns)
         return rest
+
+
+def is_late(elapsed_ns: int, left: int, total: int) -> bool:
+    """Whether a merge that had ``total`` blocks, and has ``left`` after so long, would end too late."""
+    return elapsed_ns * total > (total - left) * MERGE_NS_GOAL

@@ -7,6 +7,7 @@ it was to settle stays pending in the images' catalogues, and is refused as a ba
 
 import contextlib
 from pathlib import Path
+from typing import TypeAlias
 
 import structlog
 import trio
@@ -19,6 +20,8 @@ from diskd.core.inventory import CHECKPOINT_PATTERN
 from diskd.shell.files import Files
 
 log = structlog.get_logger()
+
+Loaded: TypeAlias = tuple[Record, bool, Files]  # the record, whether it is invalid, its open directory
 
 _DAMAGED = ".damaged-"
 _NEW = ".new-"
@@ -60,9 +63,9 @@ async def sweep(parent: Path, daemon: str) -> None:
     await trio.to_thread.run_sync(remove)
 
 
-async def load_records(parent: Path) -> list[tuple[Record, bool, Files]]:
-    """Every record, whether it is invalid, and its open directory. What is left of others is removed."""
-    found: list[tuple[Record, bool, Files]] = []
+async def load_records(parent: Path) -> list[Loaded]:
+    """Every record. What is left of others is removed."""
+    found: list[Loaded] = []
     for path in await trio.to_thread.run_sync(_directories, parent):
         files = Files(path)
         try:

@@ -7,20 +7,22 @@ record is read anew and goes on as after a restart: it stands for ``checkpoint_r
 """
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import structlog
 
 from daemonkit.errors import HoldfastError, words_of
+from daemonkit.hooks import hooks_of
 from diskd.core import checkpoint
 from diskd.core.checkpoint import Record
 from diskd.core.inventory import Outcome
-from diskd.shell.checkpoint_records import load_records
+from diskd.shell.checkpoint_records import Loaded, load_records
 from diskd.shell.checkpoints import Checkpoints
 from diskd.shell.forks import left_behind
 from diskd.shell.frozen import FrozenImage
 from diskd.shell.held import Held, Invalidate
+from diskd.shell.insistence import Action
 from diskd.shell.open_image import OpenImage
 
 log = structlog.get_logger()
@@ -45,11 +47,12 @@ class CheckpointRecovery:
 
         Returns those that must not be served, with the reason: the caller closes them.
         """
-        records = await self._load(dict(self._checkpoints.images))
+        loaded = await load_records(self._checkpoints.directory)
+        records = self._take(loaded, dict(self._checkpoints.images))
         refused: dict[str, str] = {}
         for image in list(self._checkpoints.images.values()):
             try:
-                await self._put_over(image)
+                await self._put_over(image, loaded)
             except (OSError, HoldfastError) as error:
                 refused[image.name] = words_of(error)
         for held in records:
@@ -60,14 +63,21 @@ class CheckpointRecovery:
             )
             await self._resume(held)
         for image in self._checkpoints.images.values():
+            self._explain_waiting(image)
             self._merge_orphan(image)
         return refused
 
     async def attach(self, image: OpenImage) -> None:
         """The same for one image opened later, which is not among the open ones yet."""
-        known = {**self._checkpoints.images, image.name: image}
-        fresh = await self._load(known)
-        await self._put_over(image)
+        loaded = await load_records(self._checkpoints.directory)
+        try:
+            await self._put_over(image, loaded)
+        except BaseException:  # then it is still nobody's here, and so are its records
+            for _, _, files in loaded:
+                files.close()
+            raise
+        fresh = self._take(loaded, {**self._checkpoints.images, image.name: image})
+        self._explain_waiting(image)
         for held in self._checkpoints.held.values():
             if held not in fresh and held.incomplete and _names(held.record, image):
                 held.images[image.name] = image
@@ -104,10 +114,10 @@ class CheckpointRecovery:
         for held in self._waiting.values():
             held.files.close()
 
-    async def _load(self, known: dict[str, OpenImage]) -> list[Held]:
+    def _take(self, loaded: Sequence[Loaded], known: dict[str, OpenImage]) -> list[Held]:
         """The records that became ours; others wait, or are ours already."""
         found: list[Held] = []
-        for record, invalid, files in await load_records(self._checkpoints.directory):
+        for record, invalid, files in loaded:
             images = {
                 disk.image: known[disk.image]
                 for disk in record.disks
@@ -132,18 +142,26 @@ class CheckpointRecovery:
                 found.append(held)
         return found
 
-    async def _put_over(self, image: OpenImage) -> None:
-        """Put a left-behind AVHD over its parent again."""
-        head = await left_behind(image)
+    async def _put_over(self, image: OpenImage, loaded: Sequence[Loaded]) -> None:
+        """Put a left-behind AVHD over its parent again. Raises Damaged, also where it must be there and is
+        not: what was written since the cut would be missing."""
+        frozen = [
+            record.checkpoint
+            for record, invalid, _ in loaded
+            if record.state == "sealed" and not invalid and _names(record, image)
+        ]
+        head = await left_behind(image, frozen[0] if frozen else None)
         if head is None:
             return
         overlay = await self._checkpoints.forks.attach(image, head, self._invalidator(head.checkpoint))
         image.image.layer = image.overlay = overlay
         image.checkpoint = head.checkpoint
-        waited = self._waiting.get(head.checkpoint)
+
+    def _explain_waiting(self, image: OpenImage) -> None:
+        waited = self._waiting.get(image.checkpoint or "")
         if waited is not None:
             others = ", ".join(sorted(set(_others(waited.record, image)) - waited.images.keys()))
-            image.stuck = f"{others} of its checkpoint {head.checkpoint} is not with this daemon"
+            image.stuck = f"{others} of its checkpoint {image.checkpoint} is not with this daemon"
 
     def _invalidator(self, identifier: str) -> Invalidate:
         """Of whatever holds the record at that time; an orphaned AVHD is being merged from the start."""
@@ -177,18 +195,28 @@ class CheckpointRecovery:
         checkpoints = self._checkpoints
         is_ending = held.record.state == "ending"
         action = partial(checkpoints.settle_points if is_ending else checkpoints.finish, held)
-        if decision.end is not None:
-            action = partial(self._abandon, held, decision.end)
-        else:
+        if decision.end is None:
             checkpoints.start_merging(held, "the daemon was restarted")
+        else:
+            action = partial(self._abandon, held, decision.end)
+            if held.record.state == "preparing":
+                checkpoints.start_merging(held, "the checkpoint never came about")
+                if hooks_of(held.record.config) is not None:
+                    checkpoints.nursery.start_soon(self._thaw_and_abandon, held, action)
+                    return
         with contextlib.suppress(OSError):  # what a full disk does not take is made up for
             await checkpoints.insist(held, action)
 
+    async def _thaw_and_abandon(self, held: Held, abandon: Action) -> None:
+        """Beside everything else: thawing takes its time, and may need the guest's own disk to be served. The
+        record goes after that, so that whoever is killed meanwhile thaws again."""
+        await self._checkpoints.hooks(held).thaw_after_crash()
+        with contextlib.suppress(OSError, HoldfastError):  # made up for, or somebody else's by now
+            await self._checkpoints.insist(held, abandon)
+
     async def _abandon(self, held: Held, outcome: Outcome) -> None:
         if held.record.state == "preparing":
-            await self._checkpoints.hooks(held).thaw_after_crash()
             async with held.lock:
-                self._checkpoints.start_merging(held, "the checkpoint never came about")
                 await self._checkpoints.persist(held, checkpoint.advance(held.record, "end", outcome))
         if held.record.is_standing:
             await self._checkpoints.end_held(held, outcome)

@@ -8,7 +8,6 @@ What an earlier process or another daemon left is taken up in checkpoint_recover
 
 import contextlib
 import secrets
-import time
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -23,8 +22,7 @@ from daemonkit.errors import HoldfastError, words_of
 from daemonkit.hooks import hooks_of
 from daemonkit.units import SECOND
 from diskd.core import checkpoint
-from diskd.core.checkpoint import Record, RecordDisk
-from diskd.core.hooks import CRASH
+from diskd.core.checkpoint import Record
 from diskd.core.inventory import (
     CheckpointInfo,
     HeldBy,
@@ -35,7 +33,15 @@ from diskd.shell import low_disk
 from diskd.shell.checkpoint_records import make_directory
 from diskd.shell.forks import Forks
 from diskd.shell.frozen import FrozenImage
-from diskd.shell.held import Held, Invalidate, StandingCheckpoint, check_request, describe, refuse_standing
+from diskd.shell.held import (
+    Held,
+    Invalidate,
+    StandingCheckpoint,
+    check_request,
+    describe,
+    new_record,
+    refuse_standing,
+)
 from diskd.shell.hooks import HookRunner, HookSettings
 from diskd.shell.insistence import Action, Insistence
 from diskd.shell.open_image import OpenImage
@@ -149,11 +155,13 @@ class Checkpoints:
             await self._abandon_deserted(vm, images, identifier)
             while any(image.overlay is not None for image in images.values()):
                 for name, image in images.items():
+                    if self.images.get(name) is not image:
+                        raise Refused(f"image {name} is not served here any more")
                     if image.stuck is not None:
                         raise Refused(f"image {name} cannot be merged: {image.stuck}; reopen it")
                 await self._changed.wait()
             await self._require_room(images)
-            record = _new_record(identifier, vm, disks, config, held_by, target, images)
+            record = new_record(identifier, vm, disks, config, held_by, target, images)
             return await self._begin(record, images, allow_crash_consistent=allow_crash_consistent)
         except OSError as error:
             raise Refused(f"the checkpoint cannot begin: {error}") from error
@@ -252,7 +260,8 @@ class Checkpoints:
                 await self.persist(held, ended)
             except OSError as error:
                 held.record = ended
-                if not await self._can_flag(held):
+                held.may_stand = not await self._can_flag(held)
+                if held.may_stand:
                     # The record may say "sealed": while nothing says otherwise, durably, the parents stay.
                     for image in held.images.values():
                         image.stuck = f"the end of {held.record.checkpoint} cannot be recorded: {error}"
@@ -273,7 +282,7 @@ class Checkpoints:
     def invalidator(self, held: Held) -> Invalidate:
         async def invalidate(reason: str) -> None:
             async with held.lock:
-                if held.record.is_standing and not held.invalid:
+                if (held.record.is_standing or held.may_stand) and not held.invalid:
                     await self._flag(held)
                     log.warning("checkpoint.invalid", checkpoint=held.record.checkpoint, reason=reason)
                 self.start_merging(held, reason)
@@ -317,7 +326,7 @@ class Checkpoints:
             # The entries stand and the AVHD is read on; the next start of the image merges again.
             image.stuck = words_of(error)
             log.error("merge.failed", image=image.name, reason=image.stuck)  # noqa: TRY400 - one line, no trace
-            self._notify()
+        self._notify()  # also where it was cut short: whoever waits for it looks at the image again
         return False
 
     async def _merge_whole(self, image: OpenImage, overlay: OverlayLayer) -> None:
@@ -474,26 +483,3 @@ class Checkpoints:
     def _notify(self) -> None:
         self._changed.set()
         self._changed = trio.Event()
-
-
-def _new_record(
-    identifier: str,
-    vm: str,
-    disks: list[BackupDisk],
-    config: str,
-    held_by: HeldBy,
-    target: str | None,
-    images: Mapping[str, OpenImage],
-) -> Record:
-    """Whether the guest was quiet at the cut is known after it."""
-    return Record(
-        identifier,
-        vm,
-        f"rp-{secrets.token_hex(8)}",
-        held_by,
-        CRASH,
-        time.time_ns(),
-        config,
-        [RecordDisk(disk.name, disk.image, str(images[disk.image].image.uuid)) for disk in disks],
-        target=target,
-    )

@@ -112,9 +112,15 @@ async def _states(head: Head, live: LiveMap) -> AvhdMap:
     return await trio.to_thread.run_sync(AvhdMap.over, head, live.cells)
 
 
-async def left_behind(image: OpenImage) -> Head | None:
-    """The head of an AVHD that was completed and not removed; half of one is cleaned up. Raises Damaged."""
+async def left_behind(image: OpenImage, frozen: str | None) -> Head | None:
+    """The head of an AVHD that was completed and not removed; half of one is cleaned up. ``frozen``: the
+    checkpoint whose AVHD must be there. Raises Damaged."""
     head = await image.files.run(avhd.load_head())
+    if frozen is not None and (head is None or head.checkpoint != frozen):
+        raise Damaged(
+            f"image {image.name}: the AVHD of its checkpoint {frozen} is missing ({avhd.HEAD_FILE}), and with"
+            " it what was written since: put it back"
+        )
     if head is None:
         await image.files.run(avhd.remove())
         with contextlib.suppress(OSError):

@@ -1,6 +1,8 @@
 """A checkpoint that has a record, in memory, and the view of it that a backup holds (ports.FrozenVm)."""
 
 import errno
+import secrets
+import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
@@ -8,8 +10,9 @@ import attrs
 import trio
 
 from daemonkit.diskd_api import BackupDisk
-from diskd.core.checkpoint import Record
-from diskd.core.inventory import CONFIG_BYTES_MAX, DISKS_MAX, CheckpointInfo, Outcome, check_name
+from diskd.core.checkpoint import Record, RecordDisk
+from diskd.core.hooks import CRASH
+from diskd.core.inventory import CONFIG_BYTES_MAX, DISKS_MAX, CheckpointInfo, HeldBy, Outcome, check_name
 from diskd.core.ports import FrozenDisk
 from diskd.errors import Refused
 from diskd.shell.files import Files
@@ -28,6 +31,7 @@ class Held:
     images: dict[str, OpenImage]
     disks: dict[str, FrozenImage] = attrs.field(factory=dict)
     invalid: bool = False
+    may_stand: bool = False  # its end is decided, and on disk it may be sealed, and valid, all the same
     incomplete: bool = False  # an image of it is damaged: its next opening goes on
     lost: str | None = None  # why it is no longer this daemon's: an image of it is not
     idle: object | None = None  # since when nobody holds it: a token of that moment
@@ -139,6 +143,29 @@ def check_request(
     return dict(sorted(images.items()))
 
 
+def new_record(
+    identifier: str,
+    vm: str,
+    disks: list[BackupDisk],
+    config: str,
+    held_by: HeldBy,
+    target: str | None,
+    images: Mapping[str, OpenImage],
+) -> Record:
+    """Whether the guest was quiet at the cut is known after it."""
+    return Record(
+        identifier,
+        vm,
+        f"rp-{secrets.token_hex(8)}",
+        held_by,
+        CRASH,
+        time.time_ns(),
+        config,
+        [RecordDisk(disk.name, disk.image, str(images[disk.image].image.uuid)) for disk in disks],
+        target=target,
+    )
+
+
 def refuse_standing(everything: Iterable[Held], vm: str, images: Mapping[str, OpenImage]) -> None:
     """Raises Refused where somebody holds a checkpoint of this VM or of one of these images."""
     for held in everything:
@@ -149,3 +176,13 @@ def refuse_standing(everything: Iterable[Held], vm: str, images: Mapping[str, Op
             if held.record.held_by == "backup":
                 raise Refused(f"{what} by a backup that runs: wait until that one has ended")
             raise Refused(f"{what} (by hand): end it first (diskctl checkpoint end {held.record.checkpoint})")
+
+
+def refuse_live_backup(held: Held) -> None:
+    """Raises Refused where a backup is at work with it: only its target can call its point good (B3)."""
+    record = held.record
+    if record.held_by == "backup" and record.is_standing and held.idle is None:
+        raise Refused(
+            f"checkpoint {record.checkpoint} of VM {record.vm} is held by a backup that runs:"
+            " its target's word makes its point valid (--discard gives the backup up)"
+        )

@@ -34,6 +34,7 @@ from diskd.shell.checkpoints import Checkpoints
 from diskd.shell.exports import Exports
 from diskd.shell.forks import Forks
 from diskd.shell.handover import bring_here
+from diskd.shell.held import refuse_live_backup
 from diskd.shell.hooks import HookSettings
 from diskd.shell.image import ImageSettings, Writer
 from diskd.shell.images import STOP_SECONDS, Images
@@ -285,7 +286,9 @@ class Library:
         return self._checkpoints.resume(vm)
 
     async def end_checkpoint(self, checkpoint: str, outcome: Outcome) -> None:
-        """``diskctl checkpoint end``: FrozenVm.end by id."""
+        """``diskctl checkpoint end``: FrozenVm.end by id. Raises Refused; also: keep a live backup."""
+        if outcome == "keep":
+            refuse_live_backup(self._checkpoints.find(checkpoint))
         await self._checkpoints.end(checkpoint, outcome)
 
     async def flush_image(self, image: str) -> None:

@@ -10,13 +10,15 @@ import os
 import time
 from typing import Final, Protocol
 
+import structlog
 import trio
 
+from daemonkit.errors import words_of
 from daemonkit.units import SECOND
 from diskd.core import avhd
 from diskd.core.avhd import AvhdMap, Run, SyncFailed
 from diskd.core.merge import Merge, punch
-from diskd.core.merge_pace import Pace
+from diskd.core.merge_pace import Pace, is_late
 from diskd.core.steps import Script, Step, Sync, before_steps
 from diskd.shell.files import Files
 from diskd.shell.overlay_settings import OverlaySettings, Parent
@@ -26,6 +28,8 @@ _RETRY_SECONDS: Final = 1.0
 # Ranges remembered for later; what is beyond keeps its space until the AVHD is removed.
 _OWED_MAX: Final = 1 << 16
 _PUNCH_RANGES: Final = 16  # one thread hop's worth: a guest's write to the AVHD goes by thread meanwhile
+
+log = structlog.get_logger()
 
 
 class Merged(Protocol):
@@ -57,9 +61,12 @@ class Merging:
         self._calls = -1
         self._copied_ns = 0
         self._owed: list[tuple[int, int]] = []  # merged, and not punched yet
+        self._put_off: str | None = None  # why nothing can be merged at the moment
+        self._began_ns = self._total = 0
 
     async def run(self) -> None:
         layer, merge = self._layer, self._merge
+        self._began_ns, self._total = time.monotonic_ns(), merge.map.entries
         try:
             while not merge.is_done:
                 merge.blocks_max = self._pace.blocks
@@ -70,15 +77,23 @@ class Merging:
                     continue
                 try:
                     await self._one(runs)
+                    self._put_off = None
                 except SyncFailed:
                     raise
-                except OSError:
+                except OSError as error:
+                    self._say_put_off(words_of(error))
                     # Most likely there is no space for the copy: what has been merged holds some.
                     await self._punch()
                     await trio.sleep(_RETRY_SECONDS)
         finally:
             merge.unclaim()
             layer.notify()
+
+    def _say_put_off(self, reason: str) -> None:
+        """Once for as long as it lasts: it is tried again every second."""
+        if reason != self._put_off:
+            log.warning("merge.put_off", image=self._layer.files.directory.name, reason=reason)
+        self._put_off = reason
 
     async def _one(self, runs: list[Run]) -> None:
         """A batch, and the rest after it."""
@@ -93,7 +108,14 @@ class Merging:
         copy_ns, sync_ns = self._copied_ns - began, time.monotonic_ns() - self._copied_ns
         guest_works = self._layer.calls != self._calls
         self._calls = self._layer.calls
-        rest = self._pace.batch_done(moved, copy_ns, sync_ns, guest_works=guest_works, is_tight=is_tight)
+        rest = self._pace.batch_done(
+            moved,
+            copy_ns,
+            sync_ns,
+            guest_works=guest_works,
+            is_tight=is_tight,
+            is_late=is_late(time.monotonic_ns() - self._began_ns, self._merge.map.entries, self._total),
+        )
         if rest > 0:
             await trio.sleep(rest / SECOND)
 
