@@ -101,6 +101,7 @@ def list_(diskd: Diskd, vm: str | None, address: Address, as_json: bool) -> None
 def verify(diskd: Diskd, vm: str | None, point: str | None, address: Address, as_json: bool) -> None:
     """Read everything again and compare it with the manifests and with the source's digests.
 
+    Of all points, those of a VM, or one POINT and all that it builds on: none is good whose base is not.
     Exit code 1 if anything is not as it was committed; each place is named.
     """
     progress = Progress(as_json)

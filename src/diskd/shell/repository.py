@@ -14,7 +14,7 @@ import re
 import secrets
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
@@ -78,6 +78,10 @@ class VmPoints:
 
     points: dict[str, Manifest]
     damaged: dict[str, str]
+
+
+class Gone(Refused):
+    """The point was there a moment ago."""
 
 
 class Repository:
@@ -226,19 +230,25 @@ class Repository:
                 found[header.point] = header.base
         return found
 
-    def verify(self, vm: str, point: str, poll: Poll) -> Verified:
-        """Everything of one point re-read and compared."""
+    def verify(self, vm: str, point: str, poll: Poll, *, damaged: Collection[str] = ()) -> Verified:
+        """Everything of one point re-read and compared. ``damaged``: the points of this VM that are known to
+        be, so that one which builds on them is not called good. Raises Gone for a point that is not there."""
         loaded = self.load(vm)
         if point in loaded.damaged:
             return Verified(vm, point, 0, [loaded.damaged[point]])
+        if point not in loaded.points:
+            raise Gone(f"the target has no point {point} of {vm} any more")
         try:
             chain = chain_of(loaded.points, point)
         except Damaged as error:
             return Verified(vm, point, 0, [str(error)])
         total, problems = verify_point(self._directory(vm), chain, poll=poll)
-        if problems and self.load(vm).points != loaded.points:
-            # A synthetic full took its place (or its base's) in the middle: look again.
-            return self.verify(vm, point, poll)
+        now = self.load(vm).points
+        if any(now.get(link.point) != link for link in (chain if problems else chain[:1])):
+            # A synthetic full took its place (or its base's) in the middle, or it was pruned: look again.
+            return self.verify(vm, point, poll, damaged=damaged)
+        if len(chain) > 1 and chain[1].point in damaged:
+            problems.append(f"{vm}/{point}: it builds on {chain[1].point}, which is damaged")
         return Verified(vm, point, total, problems)
 
     def commit_time(self, vm: str) -> str:
@@ -246,12 +256,18 @@ class Repository:
         return commit_time(dt.datetime.now(dt.UTC).isoformat(), self.load(vm).points)
 
     def points_of(self, vm: str | None, point: str | None) -> list[tuple[str, str]]:
-        """(VM, point) of all that match, damaged ones included. Raises Refused where nothing does."""
+        """(VM, point) of all that match, damaged ones included, a base before what builds on it; of one point
+        its whole chain. Raises Refused where nothing does."""
         found = []
         for name in self.vms() if vm is None else [vm]:
             loaded = self.load(name)
-            ordered = [manifest.point for manifest in by_commit(loaded.points.values())]
-            found += [(name, p) for p in [*ordered, *sorted(loaded.damaged)] if point in (None, p)]
+            if point is None:
+                ordered = [manifest.point for manifest in by_commit(loaded.points.values())]
+                found += [(name, p) for p in [*ordered, *sorted(loaded.damaged)]]
+            elif is_restorable(loaded.points, point):
+                found += [(name, link.point) for link in reversed(chain_of(loaded.points, point))]
+            elif point in loaded.points or point in loaded.damaged:
+                found.append((name, point))
         if not found and vm is not None:
             raise Refused(
                 f"the target has no point {point} of {vm}" if point else f"the target has no VM {vm}"

@@ -63,7 +63,7 @@ from diskd.shell.receiving import (
     send_reply,
     signs_of_life,
 )
-from diskd.shell.repository import Repository, full_of, open_repository
+from diskd.shell.repository import Gone, Repository, full_of, open_repository
 
 T = TypeVar("T")
 
@@ -218,11 +218,14 @@ class Target:
 
     async def _verify(self, request: calls.PointFilter, call: Call) -> calls.VerifyReport:
         wanted = await self._thread(self._repository.points_of, request.vm, request.point)
-        verified = []
+        verified: list[calls.Verified] = []
         async with self._reading:
             for done, (vm, point) in enumerate(wanted):
                 await call.progress({"vm": vm, "point": point, "done": done, "total": len(wanted)})
-                verified.append(await self._thread(self._repository.verify, vm, point, poll_cancelled))
+                damaged = [found.point for found in verified if found.vm == vm and found.problems]
+                verify = partial(self._repository.verify, vm, point, poll_cancelled, damaged=damaged)
+                with contextlib.suppress(Gone):  # Pruned meanwhile: nothing that anybody would restore.
+                    verified.append(await self._thread(verify))
         return calls.VerifyReport(verified)
 
     async def _synthesize(self, request: calls.PointName, call: Call) -> calls.SynthesizeReport:

@@ -1,0 +1,141 @@
+"""`target verify`: a point is good only if all that it builds on is; backups and prunes go on meanwhile."""
+
+import pytest
+from diskd_frozen import MemoryLibrary
+from diskd_repository_scene import CONFIG, DISKS, Scene, poll
+from diskd_target import receive_all, start_target, stream_of
+from diskd_target_peers import call
+
+from diskd.core import target_calls as calls
+from diskd.core.retention import Keep
+from diskd.shell.repository import Gone, open_repository
+
+KiB = 1 << 10
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def scene():
+    return Scene()
+
+
+def flip(path, place=-1):
+    data = bytearray(path.read_bytes())
+    data[place] ^= 4
+    path.write_bytes(data)
+
+
+
+def spoil(root, scene, number):
+    """A flipped bit in the data of a disk; the file's name."""
+    path = root / "web" / scene.names[number] / "system.qcow2"
+    flip(path, path.read_bytes().index(bytes(range(256)) * 4))
+    return f"web/{scene.names[number]}/system.qcow2"
+
+
+@pytest.mark.parametrize("asked", [2, None])
+async def test_a_point_on_a_damaged_base_is_not_good(tmp_path, scene, nursery, asked):
+    """Whether everything is verified or only the newest point: a restore of it would fail."""
+    scene.fill(tmp_path)
+    spoiled = spoil(tmp_path, scene, 0)
+    address, _ = await start_target(nursery, tmp_path)
+    wanted = calls.PointFilter("web", None if asked is None else scene.names[asked])
+    report = await call(address, calls.VERIFY, wanted)
+    assert [found.point for found in report.points] == scene.names
+    first, second, third = (found.problems for found in report.points)
+    assert all(problem.startswith(f"{spoiled}: ") for problem in first)
+    assert second == [f"web/{scene.names[1]}: it builds on {scene.names[0]}, which is damaged"]
+    assert third == [f"web/{scene.names[2]}: it builds on {scene.names[1]}, which is damaged"]
+
+
+async def test_a_point_is_verified_with_what_it_builds_on_and_no_more(tmp_path, scene, nursery):
+    scene.fill(tmp_path)
+    flip(tmp_path / "web" / scene.names[2] / "system.qcow2")
+    address, _ = await start_target(nursery, tmp_path)
+    report = await call(address, calls.VERIFY, calls.PointFilter("web", scene.names[1]))
+    assert [(found.point, found.problems) for found in report.points] == [
+        (scene.names[0], []),
+        (scene.names[1], []),
+    ]
+
+
+@pytest.mark.parametrize("file", ["manifest.json", None])
+async def test_a_point_whose_base_cannot_even_be_read_is_told_as_such(tmp_path, scene, nursery, file):
+    scene.fill(tmp_path)
+    directory = tmp_path / "web" / scene.names[0]
+    if file is None:
+        directory.rename(tmp_path / "elsewhere")
+    else:
+        (directory / file).write_bytes(b"")
+    address, _ = await start_target(nursery, tmp_path)
+    report = await call(address, calls.VERIFY, calls.PointFilter("web", scene.names[2]))
+    [found] = report.points
+    assert found.point == scene.names[2]
+    assert f"its base {scene.names[0]} is missing or damaged" in found.problems[0]
+
+
+def another_full(number):
+    """Of another VM in memory, under the name of the same."""
+    import trio
+
+    library = MemoryLibrary(system=64 * KiB, journal=64 * KiB)
+    library._ids = iter(range(number, number + 1))
+
+    async def take():
+        return stream_of(await library.begin_checkpoint("web", DISKS, CONFIG))
+
+    return trio.run(take)
+
+
+def test_a_damaged_point_is_read_once_however_many_backups_come_meanwhile(tmp_path, scene):
+    """Only another file under its name is a reason to look again; else a busy VM's verify would never end."""
+    scene.fill(tmp_path)
+    spoiled = spoil(tmp_path, scene, 0)
+    newcomers = [another_full(number) for number in range(1000, 1003)]
+    with open_repository(tmp_path) as repository:
+        polls = 0
+
+        def count():
+            nonlocal polls
+            polls += 1
+
+        repository.verify("web", scene.names[0], count)
+        once, polls = polls, 0
+
+        def back_up():
+            count()
+            if polls % once == 1 and newcomers:
+                receive_all(repository, newcomers.pop())
+
+        assert spoiled in repository.verify("web", scene.names[0], back_up).problems[0]
+        assert polls == once
+
+
+def test_a_point_that_becomes_a_full_meanwhile_is_looked_at_again(tmp_path, scene):
+    scene.fill(tmp_path)
+    with open_repository(tmp_path) as repository:
+        pending = [scene.names[2]]
+
+        def synthesize():
+            if pending:
+                repository.synthesize("web", pending.pop(), poll)
+
+        found = repository.verify("web", scene.names[2], synthesize)
+        assert not pending
+        assert found.problems == []
+
+
+def test_a_point_that_is_pruned_meanwhile_is_gone_and_not_damaged(tmp_path, scene):
+    scene.fill(tmp_path)
+    with open_repository(tmp_path) as repository:
+        pending = [Keep(last=1)]
+
+        def prune():
+            if pending:
+                repository.prune("web", pending.pop(), poll, dry_run=False)
+
+        with pytest.raises(Gone):
+            repository.verify("web", scene.names[0], prune)
+        with pytest.raises(Gone):
+            repository.verify("web", scene.names[1], poll)
+        assert repository.verify("web", scene.names[2], poll).problems == []
