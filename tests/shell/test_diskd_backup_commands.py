@@ -1,11 +1,14 @@
 """The backup commands' bad input: one line that says what to do, and the right exit code."""
 
+import json
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import trio
+from diskd_target_peers import backup, two_disks
 from diskd_target_process import target_process
 
 BINARIES = Path(sys.executable).parent
@@ -51,6 +54,24 @@ async def test_one_target_per_root(tmp_path):
         refused(1, "in use", "diskd", "target", "--root", tmp_path / "root", "--listen", "127.0.0.1:0")
         done = run("diskctl", "target", "list", "--json", HOLDFAST_TARGET=str(target.address))
         assert (done.returncode, done.stdout) == (0, "[]\n")
+
+
+async def test_a_restore_prints_lines_of_json(tmp_path):
+    async with target_process(tmp_path / "root") as target:
+        done = await backup(two_disks(), target.address)
+        to = {"HOLDFAST_TARGET": str(target.address)}
+        restore = ("diskctl", "target", "restore", "web", done.point, "--to", tmp_path / "out", "--json")
+        told = await trio.to_thread.run_sync(lambda: run(*restore, **to))
+    assert (told.returncode, told.stderr) == (0, "")
+    *progress, result = [json.loads(line) for line in told.stdout.splitlines()]
+    assert progress
+    for line in progress:
+        assert list(line) == ["progress"]
+        assert line["progress"]["step"] == "restore"
+        assert 0 < line["progress"]["done_bytes"] <= result["data_bytes"]
+    assert [disk["file"] for disk in result["disks"]] == [
+        str(tmp_path / "out" / name) for name in ("system.raw", "journal.raw")
+    ]
 
 
 NOBODY = "127.0.0.1:1"

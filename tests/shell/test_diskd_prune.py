@@ -112,9 +112,27 @@ def test_a_flipped_bit_in_a_base_stops_the_prune(tmp_path, scene, number):
             ] or [m.host for m in opened.views["system"].layers[0].reader.map(100 << 10, 4096) if m.host][:1]
         flip(tmp_path / "web" / scene.names[number] / "system.qcow2", place)
         before = sorted(os.listdir(tmp_path / "web"))
-        with pytest.raises(Damaged, match=r"system\.qcow2"):
+        with pytest.raises(Damaged, match=r"system\.qcow2.*nothing was removed.*target verify web"):
             repository.prune("web", LAST, poll, dry_run=False)
         assert sorted(os.listdir(tmp_path / "web")) == before
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_what_a_point_without_a_good_manifest_builds_on_stays(tmp_path, scene, number):
+    """Somebody may have a copy of the manifest: then the point is whole again."""
+    scene.fill(tmp_path)
+    path = tmp_path / "web" / scene.names[number] / "manifest.json"
+    good = path.read_bytes()
+    flip(path, 100)
+    with open_repository(tmp_path) as repository:
+        report = repository.prune("web", LAST, poll, dry_run=False)
+        assert report.removed == []
+        assert scene.names[number] in report.damaged
+        said = {verdict.point: verdict.reasons for verdict in report.verdicts}
+        assert said[scene.names[0]][-1:] == [f"needed by {scene.names[number]}, which cannot be restored now"]
+        path.write_bytes(good)
+        for name in scene.names:
+            assert repository.verify("web", name, poll).problems == []
 
 
 def test_the_report_says_why(tmp_path, scene):

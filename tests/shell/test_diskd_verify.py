@@ -3,12 +3,15 @@
 import pytest
 from diskd_frozen import MemoryLibrary
 from diskd_repository_scene import CONFIG, DISKS, Scene, poll
-from diskd_target import receive_all, start_target, stream_of
+from diskd_target import RaisesLeaf, receive_all, start_target, stream_of
 from diskd_target_peers import call
 
+from daemonkit.rpc import CallRefused
 from diskd.core import target_calls as calls
 from diskd.core.retention import Keep
+from diskd.core.stream import StreamAborted
 from diskd.shell.repository import Gone, open_repository
+from diskd.shell.restore import restore_point
 
 KiB = 1 << 10
 pytestmark = pytest.mark.slow
@@ -23,7 +26,6 @@ def flip(path, place=-1):
     data = bytearray(path.read_bytes())
     data[place] ^= 4
     path.write_bytes(data)
-
 
 
 def spoil(root, scene, number):
@@ -139,3 +141,18 @@ def test_a_point_that_is_pruned_meanwhile_is_gone_and_not_damaged(tmp_path, scen
         with pytest.raises(Gone):
             repository.verify("web", scene.names[1], poll)
         assert repository.verify("web", scene.names[2], poll).problems == []
+
+
+async def test_what_fails_for_damage_says_what_to_do(tmp_path, scene, nursery):
+    scene.fill(tmp_path)
+    spoiled = spoil(tmp_path, scene, 0)
+    address, _ = await start_target(nursery, tmp_path)
+    newest = calls.PointName("web", scene.names[2])
+    with RaisesLeaf(StreamAborted, f"{spoiled}: ") as restore:
+        await restore_point(
+            address, newest, tmp_path / "out", disk_format="raw", key=None, on_progress=lambda _: None
+        )
+    with RaisesLeaf(CallRefused, f"{spoiled}: ") as synthesis:
+        await call(address, calls.SYNTHESIZE, newest)
+    assert "restore another point (diskctl target verify web tells which are good)" in restore.said
+    assert "take a full backup (diskctl backup --full)" in synthesis.said

@@ -169,7 +169,8 @@ def restore(
     """Copy a point out of the repository into files here, verified while copying, sparse."""
     from diskd.shell.restore import restore_point  # Kept out of --help's way.
 
-    progress = Progress(as_json=False)
+    progress = Progress(as_json)
+    about = {"step": "restore", "vm": vm, "point": point}
     try:
         restored = run_async(
             lambda: restore_point(
@@ -178,7 +179,7 @@ def restore(
                 directory,
                 disk_format=disk_format,
                 key=diskd.key,
-                on_progress=lambda done: progress({"step": "restored", "size": format_size(done)}),
+                on_progress=lambda done: progress({**about, "done_bytes": done, "total_bytes": None}),
             )
         )
     finally:

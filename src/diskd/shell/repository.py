@@ -14,7 +14,7 @@ import re
 import secrets
 import threading
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
@@ -332,12 +332,18 @@ class Repository:
         loaded = self.load(vm)
         if not loaded.points and not loaded.damaged:
             raise Refused(f"the target has no VM {vm}")
-        plan = plan_prune(loaded.points, keep, self.unfinished_points(vm))
+        plan = plan_prune(loaded.points, keep, self.unfinished_points(vm), self._bases_of(vm, loaded.damaged))
         sizes = [disk.file.size for point in plan.remove for disk in loaded.points[point].disks]
         if plan.remove and not dry_run:
-            for point in plan.synthesize:
-                self.synthesize(vm, point, poll)
-            self._check_kept(vm, plan.wanted, poll)
+            try:
+                for point in plan.synthesize:
+                    self.synthesize(vm, point, poll)
+                self._check_kept(vm, plan.wanted, poll)
+            except Damaged as error:
+                raise Damaged(
+                    f"{error}; nothing was removed: an older point may be what is left of it"
+                    f" (diskctl target verify {vm} tells more)"
+                ) from error
             for point in plan.remove:
                 poll()
                 self._remove(vm, point)
@@ -356,10 +362,16 @@ class Repository:
         for point in sorted(needed):
             _, problems = check_files(self._directory(vm) / point, loaded.points[point], poll)
             if problems:
-                raise Damaged(
-                    f"{problems[0]}; nothing was removed: an older point may be what is left of it"
-                    f" (diskctl target verify {vm} tells more)"
-                )
+                raise Damaged(problems[0])
+
+    def _bases_of(self, vm: str, points: Iterable[str]) -> dict[str, str | None]:
+        """What points without a good manifest build on, as far as their indexes tell."""
+        found: dict[str, str | None] = {}
+        for point in points:
+            found[point] = None
+            with contextlib.suppress(OSError, StreamError):
+                found[point] = index_header(self._directory(vm) / point / INDEX).base
+        return found
 
     def _remove(self, vm: str, point: str) -> None:
         """Readers that have its files open go on with them."""

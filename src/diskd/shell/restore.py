@@ -34,6 +34,7 @@ Progress = Callable[[int], None]
 
 CONTACT_SECONDS_MAX: Final = 10.0
 SILENCE_SECONDS_MAX: Final = 120.0
+PROGRESS_SECONDS: Final = 0.5
 _MARK: Final = "user.holdfast.point"
 _RECEIVE_BYTES: Final = 1 << 20
 
@@ -189,11 +190,13 @@ async def restore_point(
             raise StreamError("the target sent something else than was asked for")
         files = await trio.to_thread.run_sync(RestoreFiles, directory, header, disk_format)
         try:
-            done = 0
+            done, told = 0, float("-inf")
             while isinstance(event := await next_event(decoder, stream), Frame):
                 await trio.to_thread.run_sync(files.frame, event)
                 done += len(event.data)
-                on_progress(done)
+                if trio.current_time() >= told + PROGRESS_SECONDS:
+                    told = trio.current_time()
+                    on_progress(done)
             if not isinstance(event, Trailer):
                 raise StreamError("the stream has two headers")
             return await trio.to_thread.run_sync(files.publish, event)

@@ -18,7 +18,7 @@ settles (B3): after the answer it is committed, or never will be.
 import contextlib
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -37,33 +37,30 @@ from diskd.core.stream import (
     Ack,
     Committed,
     ExportHeader,
-    FrameKind,
     Have,
     Ready,
     RefusedReply,
     Reply,
     SourceLost,
-    StreamEncoder,
     StreamError,
     Trailer,
-    abort,
 )
-from diskd.errors import Refused
+from diskd.errors import Damaged, Refused
 from diskd.shell.bulk import BulkSocket
 from diskd.shell.chain_view import OpenPoint
 from diskd.shell.incoming import Incoming, Uncertain
 from diskd.shell.nbd_server import NbdServer
 from diskd.shell.point_audit import answer_audit
 from diskd.shell.point_export import PointCatalog
+from diskd.shell.point_restore import send_point
 from diskd.shell.receiving import (
-    SEND_SECONDS_MAX,
     FrameReceiver,
     Source,
     receive_frames,
     send_reply,
     signs_of_life,
 )
-from diskd.shell.repository import Gone, Repository, full_of, open_repository
+from diskd.shell.repository import Gone, Repository, open_repository
 
 T = TypeVar("T")
 
@@ -232,9 +229,11 @@ class Target:
         await call.progress({"vm": request.vm, "point": request.point})
         self._refuse_written(request.vm, "synthesize")
         async with self._turn(request.vm, request.point):
-            report = await self._thread(
-                self._repository.synthesize, request.vm, request.point, poll_cancelled
-            )
+            synthesize = partial(self._repository.synthesize, request.vm, request.point, poll_cancelled)
+            try:
+                report = await self._thread(synthesize)
+            except Damaged as error:
+                raise Damaged(f"{error}; take a full backup (diskctl backup --full)") from error
         log.info("point.synthesized", vm=report.vm, point=report.point, was=report.was)
         return report
 
@@ -405,16 +404,9 @@ class Target:
     # --- restores ----------------------------------------------------------------------------------
 
     async def _restore(self, params: calls.PointName, peer: str, stream: trio.abc.Stream) -> None:
-        try:
-            async with self._reading:
-                await self._send_point(params, stream)
-        except (HoldfastError, OSError) as error:
-            if isinstance(error, trio.BrokenResourceError):
-                raise
-            log.warning("restore.failed", peer=peer, vm=params.vm, point=params.point, reason=str(error))
-            with contextlib.suppress(trio.BrokenResourceError, OSError), trio.move_on_after(SEND_SECONDS_MAX):
-                await stream.send_all(abort(reason_of(error)))
-                await stream.aclose()
+        opening = self._opened(params.vm, params.point)
+        async with self._reading:
+            await send_point(opening, params, stream, self._thread, peer=peer, reason_of=reason_of)
 
     @asynccontextmanager
     async def _opened(self, vm: str, point: str) -> AsyncIterator[OpenPoint]:
@@ -431,16 +423,6 @@ class Target:
         finally:
             self._readers[vm] -= 1
 
-    async def _send_point(self, params: calls.PointName, stream: trio.abc.Stream) -> None:
-        """The point as a full export; every byte is verified on its way from the file (B4)."""
-        async with self._opened(params.vm, params.point) as opened:
-            header, frames = full_of(opened)
-            encoder = StreamEncoder(header)
-            await _send_bytes(stream, encoder.opening)
-            while part := await self._thread(_next_part, encoder, frames):
-                await _send_bytes(stream, part)
-            await _send_bytes(stream, encoder.finish())
-
     async def _audit(self, params: calls.PointName, _peer: str, stream: trio.abc.Stream) -> None:
         async with self._reading:
             await answer_audit(self._opened(params.vm, params.point), stream, self._thread)
@@ -456,24 +438,6 @@ class Target:
                 exports = {disk.name: f"nbd://{address}/{disk.name}" for disk in opened.manifest.disks}
                 await call.progress({"nbd": str(address), "exports": exports})
                 await trio.sleep_forever()
-
-
-def _next_part(encoder: StreamEncoder, frames: Iterator[tuple[int, int, bytes]]) -> bytes:
-    """Some frames with their data; empty at the end."""
-    parts: list[bytes] = []
-    size = 0
-    for disk, offset, data in frames:
-        parts += [encoder.frame(FrameKind.DATA, disk, offset, len(data), data), data]
-        size += len(data)
-        if size >= _RECEIVE_BYTES:
-            break
-    return b"".join(parts)
-
-
-async def _send_bytes(stream: trio.abc.Stream, data: bytes) -> None:
-    # A restore may wait for its reader's disk, so the limit is that of a peer which is gone.
-    with trio.fail_after(IDLE_SECONDS_MAX):
-        await stream.send_all(data)
 
 
 async def run_target(
