@@ -15,6 +15,7 @@ from holdfast.crash.oracle import Violation
 START_SECONDS_MAX: Final = 60.0
 STOP_SECONDS_MAX: Final = 60.0
 DISKD: Final = ("-c", "from diskd.cli.daemon import main; main()")
+DISKCTL: Final = (sys.executable, "-c", "from diskd.cli.ctl import main; main()")
 
 
 class DaemonProcess:
