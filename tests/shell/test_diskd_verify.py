@@ -6,12 +6,13 @@ from diskd_repository_scene import CONFIG, DISKS, Scene, poll
 from diskd_target import RaisesLeaf, receive_all, start_target, stream_of
 from diskd_target_peers import call
 
-from daemonkit.rpc import CallRefused
+from daemonkit.rpc import CallRefused, connect
 from diskd.core import target_calls as calls
 from diskd.core.retention import Keep
 from diskd.core.stream import StreamAborted
 from diskd.shell.repository import Gone, open_repository
 from diskd.shell.restore import restore_point
+from diskd.shell.work import Work, begin
 
 KiB = 1 << 10
 pytestmark = pytest.mark.slow
@@ -156,3 +157,49 @@ async def test_what_fails_for_damage_says_what_to_do(tmp_path, scene, nursery):
         await call(address, calls.SYNTHESIZE, newest)
     assert "restore another point (diskctl target verify web tells which are good)" in restore.said
     assert "take a full backup (diskctl backup --full)" in synthesis.said
+
+
+async def test_long_work_tells_how_far_it_is(tmp_path, scene, nursery):
+    scene.fill(tmp_path)
+    address, _ = await start_target(nursery, tmp_path)
+    newest = calls.PointName("web", scene.names[2])
+    for method, params, steps in (
+        (calls.VERIFY, calls.PointFilter(None, None), ["verify"]),
+        (calls.SYNTHESIZE, newest, ["synthesize"]),
+        (calls.PRUNE, calls.PruneRequest("web", Keep(last=1), False), ["prune"]),
+    ):
+        told = []
+        async with connect(address) as client:
+            await client.call(method, params, on_progress=told.append)
+        assert [value["step"] for value in told][:1] == steps
+        for value in told:
+            assert list(value) == ["step", "vm", "point", "done_bytes", "total_bytes"]
+
+
+def test_each_step_counts_to_its_total(tmp_path, scene):
+    """What a verify, a synthesis and a prune are at, whenever they look whether they are to end."""
+    scene.fill(tmp_path)
+    seen = []
+
+    def look():
+        seen.append(tuple(work.report().values()))
+
+    work = Work(look, "web")
+    with open_repository(tmp_path) as repository:
+        stored = repository.data_bytes([("web", name) for name in scene.names])
+        begin(work, "verify", None, stored)
+        for name in scene.names:
+            repository.verify("web", name, work)
+        assert work.report()["done_bytes"] == stored > 0
+        repository.prune("web", Keep(last=1), work, dry_run=False)
+    steps = {(step, point): (done, total) for step, _, point, done, total in seen}
+    assert list(steps)[-5:] == [
+        ("synthesize", scene.names[2]),
+        ("verify", scene.names[2]),
+        ("check", scene.names[2]),
+        ("remove", scene.names[1]),
+        ("remove", scene.names[0]),
+    ]
+    assert all(0 <= done <= total for done, total in steps.values() if total is not None)
+    done, total = steps["check", scene.names[2]]
+    assert done == total > 0

@@ -60,7 +60,8 @@ from diskd.shell.chain_view import OpenPoint, frames_of_view, open_point
 from diskd.shell.incoming import PROGRESS, Incoming, Unusable, index_header, unfinished
 from diskd.shell.repository_files import RepositoryFiles
 from diskd.shell.sharing import Sharing
-from diskd.shell.verify import Poll, check_files, verify_point
+from diskd.shell.verify import check_files, verify_point
+from diskd.shell.work import Poll, begin, count
 
 LOCK: Final = ".lock"
 IDENTITY: Final = ".id"
@@ -274,6 +275,13 @@ class Repository:
             )
         return found
 
+    def data_bytes(self, points: Iterable[tuple[str, str]]) -> int:
+        """How many bytes of disks these (VM, point) hold themselves, as far as manifests can be read."""
+        wanted = set(points)
+        loaded = {vm: self.load(vm).points for vm in {vm for vm, _ in wanted}}
+        good = [loaded[vm][point] for vm, point in wanted if point in loaded[vm]]
+        return sum(disk.data_bytes for manifest in good for disk in manifest.disks)
+
     def synthesize(self, vm: str, point: str, poll: Poll) -> SynthesizeReport:
         """Make a point a full of its own. The new files are verified before they take the old ones' place.
 
@@ -290,6 +298,8 @@ class Repository:
         if temporary.exists():
             self._files.sync_directory(directory)
             self._files.remove_tree(temporary)
+        begin(poll, "synthesize", point, None)
+        copied = 0
         with self.open(vm, point) as opened:
             header, frames = full_of(opened)
             encoder = StreamEncoder(header)
@@ -304,6 +314,9 @@ class Repository:
                     packed = encoder.frame(FrameKind.DATA, disk, offset, len(data), data)
                     frame = FrameHeader(FrameKind.DATA, disk, number, offset, len(data), packed[-32:])
                     incoming.frame(Frame(frame, data))
+                    count(poll, len(data))
+                    copied += len(data)
+                begin(poll, "verify", point, copied)
                 new = incoming.commit(
                     encoder.summary(),
                     source_digest=manifest.source_digest,
@@ -345,6 +358,7 @@ class Repository:
                     f" (diskctl target verify {vm} tells more)"
                 ) from error
             for point in plan.remove:
+                begin(poll, "remove", point, None)
                 poll()
                 self._remove(vm, point)
         broken = [point for point in plan.keep if point not in plan.wanted]
@@ -360,7 +374,10 @@ class Repository:
         loaded = self.load(vm)
         needed = {link.point for point in wanted for link in chain_of(loaded.points, point)}
         for point in sorted(needed):
-            _, problems = check_files(self._directory(vm) / point, loaded.points[point], poll)
+            manifest = loaded.points[point]
+            files = (manifest.config, manifest.index, *(disk.file for disk in manifest.disks))
+            begin(poll, "check", point, sum(file.size for file in files))
+            _, problems = check_files(self._directory(vm) / point, manifest, poll)
             if problems:
                 raise Damaged(problems[0])
 

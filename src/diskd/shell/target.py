@@ -61,6 +61,7 @@ from diskd.shell.receiving import (
     signs_of_life,
 )
 from diskd.shell.repository import Gone, Repository, open_repository
+from diskd.shell.work import Work
 
 T = TypeVar("T")
 
@@ -75,6 +76,7 @@ IDLE_SECONDS_MAX: Final = 120.0
 HEADER_SECONDS_MAX: Final = 30.0
 # So much of a broken export is sent twice at most, besides what the last sync took.
 DURABLE_SECONDS: Final = 2.0
+PROGRESS_SECONDS: Final = 0.5
 SWEEP_SECONDS: Final = 3600.0
 CLEAN_UP_SECONDS_MAX: Final = 60.0
 _RECEIVE_BYTES: Final = 1 << 20
@@ -215,30 +217,28 @@ class Target:
 
     async def _verify(self, request: calls.PointFilter, call: Call) -> calls.VerifyReport:
         wanted = await self._thread(self._repository.points_of, request.vm, request.point)
+        total = await self._thread(self._repository.data_bytes, wanted)
         verified: list[calls.Verified] = []
-        async with self._reading:
-            for done, (vm, point) in enumerate(wanted):
-                await call.progress({"vm": vm, "point": point, "done": done, "total": len(wanted)})
+        async with self._reading, self._told(call, "", "verify", total) as work:
+            for vm, point in wanted:
+                work.vm, work.point = vm, point
                 damaged = [found.point for found in verified if found.vm == vm and found.problems]
-                verify = partial(self._repository.verify, vm, point, poll_cancelled, damaged=damaged)
+                verify = partial(self._repository.verify, vm, point, work, damaged=damaged)
                 with contextlib.suppress(Gone):  # Pruned meanwhile: nothing that anybody would restore.
                     verified.append(await self._thread(verify))
         return calls.VerifyReport(verified)
 
     async def _synthesize(self, request: calls.PointName, call: Call) -> calls.SynthesizeReport:
-        await call.progress({"vm": request.vm, "point": request.point})
         self._refuse_written(request.vm, "synthesize")
-        async with self._turn(request.vm, request.point):
-            synthesize = partial(self._repository.synthesize, request.vm, request.point, poll_cancelled)
+        async with self._turn(request.vm, request.point), self._told(call, request.vm, "synthesize") as work:
             try:
-                report = await self._thread(synthesize)
+                report = await self._thread(self._repository.synthesize, request.vm, request.point, work)
             except Damaged as error:
                 raise Damaged(f"{error}; take a full backup (diskctl backup --full)") from error
         log.info("point.synthesized", vm=report.vm, point=report.point, was=report.was)
         return report
 
     async def _prune(self, request: calls.PruneRequest, call: Call) -> calls.PruneReport:
-        await call.progress({"vm": request.vm, "step": "prune"})
         prune = partial(self._repository.prune, request.vm, request.keep, dry_run=request.dry_run)
         if request.dry_run:
             return await self._thread(prune, poll_cancelled)
@@ -248,8 +248,25 @@ class Target:
                 f"{request.vm} is being restored, served or audited ({readers} times);"
                 " prune again when that has ended"
             )
-        async with self._turn(request.vm, "prune"):
-            return await self._thread(prune, poll_cancelled)
+        async with self._turn(request.vm, "prune"), self._told(call, request.vm, "prune") as work:
+            return await self._thread(prune, work)
+
+    @asynccontextmanager
+    async def _told(
+        self, call: Call, vm: str, step: str, total_bytes: int | None = None
+    ) -> AsyncIterator[Work]:
+        """What a long job counts itself with; its caller is told now and then."""
+        work = Work(poll_cancelled, vm, step, total_bytes=total_bytes)
+
+        async def tell() -> None:
+            while True:
+                await call.progress(work.report())
+                await trio.sleep(PROGRESS_SECONDS)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(tell)
+            yield work
+            nursery.cancel_scope.cancel(reason="done")
 
     def _refuse_written(self, vm: str, verb: str) -> None:
         if (receiving := self._receiving.get(vm)) is not None:
