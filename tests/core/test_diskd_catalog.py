@@ -69,6 +69,14 @@ def test_incoming_needs_a_base_with_the_same_disks():
         check_incoming(header_of(manifest(9, 3, disks=("other",)), config=""), CHAIN)
 
 
+def test_incoming_needs_the_image_that_the_base_was_made_of():
+    """Whatever the source believed: the changes of one image are no changes of another."""
+    header = header_of(manifest(9, 3), config="")
+    other = attrs.evolve(header, disks=[attrs.evolve(header.disks[0], image="another")])
+    with pytest.raises(Refused, match=r"was the image system in rp-.* now it is another; .*--full"):
+        check_incoming(other, CHAIN)
+
+
 def test_commit_order_keeps_bases_first_within_one_second():
     same = points(manifest(1, at="t"), manifest(3, 2, at="t"), manifest(2, 1, at="t"))
     assert [m.point for m in by_commit(same.values())] == [name(1), name(2), name(3)]

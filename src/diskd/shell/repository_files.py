@@ -36,7 +36,7 @@ class RepositoryFiles:
     def make_directory(self, path: Path) -> None:
         """Durable in its parent."""
         path.mkdir()
-        sync_directory(path.parent)
+        self.sync_directory(path.parent)
 
     def create(self, path: Path) -> int:
         """A descriptor of a new, empty file."""
@@ -113,12 +113,12 @@ class RepositoryFiles:
     def retire(self, point: Path, temporary: Path) -> None:
         """The point loses its name, atomically and durably."""
         os.rename(point, temporary)
-        sync_directory(point.parent)
+        self.sync_directory(point.parent)
 
     def remove_tree(self, path: Path) -> None:
         """Remove a directory that nothing names any more."""
         shutil.rmtree(path)
-        sync_directory(path.parent)
+        self.sync_directory(path.parent)
 
 
 def digest_file(path: Path, poll: Poll) -> tuple[int, str]:
