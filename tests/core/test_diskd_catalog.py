@@ -4,6 +4,7 @@ import json
 
 import attrs
 import pytest
+from blake3 import blake3
 from diskd_manifests import manifest, name, points
 
 from diskd.core.catalog import (
@@ -123,6 +124,16 @@ def test_every_flipped_bit_of_a_manifest_is_found():
             # White space between members carries nothing.
             assert same
             assert chr(data[place]).isspace()
+
+
+@pytest.mark.parametrize("other", [{"version": 2}, {"format": "something-else"}, {"version": "1"}])
+def test_a_manifest_of_another_version_is_refused_though_whole(other):
+    document = {**json.loads(encode_manifest(manifest(1))), **other}
+    del document["blake3"]
+    whole = json.dumps(document, sort_keys=True, separators=(",", ":")).encode()
+    document["blake3"] = blake3(whole).hexdigest()
+    with pytest.raises(Damaged, match="not a manifest of version 1"):
+        decode_manifest(json.dumps(document).encode(), vm="web", point=name(1))
 
 
 @pytest.mark.parametrize("data", [b"", b"{}", b"[]", b"\xff", b"[" * 100_000, b'{"a":NaN}'])

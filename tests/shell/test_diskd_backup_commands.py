@@ -99,6 +99,8 @@ NOBODY = "127.0.0.1:1"
         (2, "--keep-last", ["target", "prune", "web", "--keep-last", "0", "--target", NOBODY]),
         (2, "--keep-daily", ["target", "prune", "web", "--target", NOBODY]),
         (2, "--keep-weekly", ["target", "prune", "web", "--keep-weekly", "-1"]),
+        (2, "exclude", ["checkpoint", "end", "cp-0123456789abcdef", "--keep-point", "--discard"]),
+        (2, "exclude", ["san", "end", "rp-0123456789abcdef", "--discard", "--keep-point"]),
     ],
 )
 def test_bad_commands(code, text, arguments):
@@ -118,6 +120,13 @@ def test_bad_vm_files(tmp_path, content, text):
     path = tmp_path / "web.toml"
     path.write_bytes(content)
     refused(1, text, "diskctl", "backup", "--vm", "web", "--config", path, "--target", NOBODY)
+
+
+def test_a_vm_file_that_is_no_text_is_no_checkpoints(tmp_path):
+    path = tmp_path / "web.toml"
+    path.write_bytes(b"\xff\xfe")
+    freeze = ("checkpoint", "begin", "--vm", "web", "--image", "d", "--config", path)
+    refused(1, "UTF-8", "diskctl", "--control", NOBODY, *freeze)
 
 
 def test_garbage_is_not_applied(tmp_path):

@@ -1,5 +1,8 @@
 """`target verify`: a point is good only if all that it builds on is; backups and prunes go on meanwhile."""
 
+from functools import partial
+
+import attrs
 import pytest
 from diskd_frozen import MemoryLibrary
 from diskd_repository_scene import CONFIG, DISKS, Scene, poll
@@ -9,8 +12,10 @@ from diskd_target_peers import call
 from daemonkit.rpc import CallRefused, connect
 from diskd.core import target_calls as calls
 from diskd.core.retention import Keep
-from diskd.core.stream import StreamAborted
+from diskd.core.stream import StreamAborted, StreamEncoder
+from diskd.errors import Damaged
 from diskd.shell.repository import Gone, open_repository
+from diskd.shell.repository_files import RepositoryFiles
 from diskd.shell.restore import restore_point
 from diskd.shell.work import Work, begin
 
@@ -203,3 +208,69 @@ def test_each_step_counts_to_its_total(tmp_path, scene):
     assert all(0 <= done <= total for done, total in steps.values() if total is not None)
     done, total = steps["check", scene.names[2]]
     assert done == total > 0
+
+
+class WrongFiles(RepositoryFiles):
+    """The disk stores something else than it is given."""
+
+    def __init__(self, spoil):
+        self.spoil = spoil
+
+    def write(self, descriptor, offset, data):
+        super().write(descriptor, offset, self.spoil(bytearray(data)))
+
+
+def beside_the_frame(data):
+    """In the filling of a cluster, one byte before what the export sent."""
+    if (place := data.find(b"2" * 4096)) > 0:
+        data[place - 1] ^= 1
+    return data
+
+
+def in_a_frame(data):
+    if (place := data.find(b"2" * 4096)) > 0:
+        data[place] ^= 1
+    return data
+
+
+def in_a_zero_mark(data):
+    """A cluster that reads as zeroes shows its base again."""
+    for place in range(0, len(data) - 8, 8):
+        if not data.startswith(b"QFI") and data[place : place + 8] == (1).to_bytes(8, "big"):
+            data[place + 7] = 0
+            break
+    return data
+
+
+@pytest.mark.parametrize(
+    ("spoil", "problem"),
+    [
+        (beside_the_frame, "differ from the base"),
+        (in_a_frame, "are not what the source sent"),
+        (in_a_zero_mark, "should be zeroes"),
+    ],
+)
+def test_what_the_disk_stored_wrong_is_not_committed(tmp_path, scene, spoil, problem):
+    """Before the commit there is no digest of the target itself to compare with: content counts (B4)."""
+    scene.fill(tmp_path, 1)
+    _, (header, *frames, _), _ = scene.streams[1]
+    header = attrs.evolve(header, disks=[attrs.evolve(d, cluster_bytes=64 * KiB) for d in header.disks])
+    for good in (False, True):
+        encoder = StreamEncoder(header)
+        with open_repository(tmp_path, None if good else WrongFiles(spoil)) as repository:
+            incoming = repository.receive(header, encoder.opening)
+            for frame in frames:
+                head, data = frame.header, frame.data or None
+                encoder.frame(head.kind, head.disk, head.offset, head.length, data)
+                incoming.frame(frame)
+            commit = partial(
+                incoming.commit, encoder.summary(), source_digest="", committed_at="2026-01-02", poll=poll
+            )
+            if good:
+                commit()
+                incoming.publish()
+                assert repository.verify("web", header.point, poll).problems == []
+            else:
+                with pytest.raises(Damaged, match=f"did not verify: .*{problem}"):
+                    commit()
+                incoming.discard()
