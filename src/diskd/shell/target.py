@@ -219,7 +219,7 @@ class Target:
         wanted = await self._thread(self._repository.points_of, request.vm, request.point)
         total = await self._thread(self._repository.data_bytes, wanted)
         verified: list[calls.Verified] = []
-        async with self._reading, self._told(call, "", "verify", total) as work:
+        async with self._reading, self._told(call, request.vm, "verify", total) as work:
             for vm, point in wanted:
                 work.vm, work.point = vm, point
                 damaged = [found.point for found in verified if found.vm == vm and found.problems]
@@ -253,16 +253,17 @@ class Target:
 
     @asynccontextmanager
     async def _told(
-        self, call: Call, vm: str, step: str, total_bytes: int | None = None
+        self, call: Call, vm: str | None, step: str, total_bytes: int | None = None
     ) -> AsyncIterator[Work]:
         """What a long job counts itself with; its caller is told now and then."""
         work = Work(poll_cancelled, vm, step, total_bytes=total_bytes)
 
         async def tell() -> None:
             while True:
-                await call.progress(work.report())
                 await trio.sleep(PROGRESS_SECONDS)
+                await call.progress(work.report())
 
+        await call.progress(work.report())
         async with trio.open_nursery() as nursery:
             nursery.start_soon(tell)
             yield work

@@ -17,7 +17,7 @@ class Work:
     """``done_bytes`` of ``total_bytes`` (None where that is not known) of this step are done."""
 
     poll: Poll
-    vm: str
+    vm: str | None
     step: str = ""
     point: str | None = None
     done_bytes: int = 0
