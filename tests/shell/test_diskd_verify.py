@@ -1,9 +1,11 @@
 """`target verify`: a point is good only if all that it builds on is; backups and prunes go on meanwhile."""
 
+import shutil
 from functools import partial
 
 import attrs
 import pytest
+import trio
 from diskd_frozen import MemoryLibrary
 from diskd_repository_scene import CONFIG, DISKS, Scene, poll
 from diskd_target import RaisesLeaf, receive_all, start_target, stream_of
@@ -84,8 +86,6 @@ async def test_a_point_whose_base_cannot_even_be_read_is_told_as_such(tmp_path, 
 
 def another_full(number):
     """Of another VM in memory, under the name of the same."""
-    import trio
-
     library = MemoryLibrary(system=64 * KiB, journal=64 * KiB)
     library._ids = iter(range(number, number + 1))
 
@@ -240,6 +240,13 @@ def in_a_refcount(data):
     return data
 
 
+def in_the_backing_name(data):
+    """We go by the manifest, but qemu-img would read another chain."""
+    if data.startswith(b"QFI") and (place := data.find(b"../rp-")) > 0:
+        data[place + 8] ^= 1
+    return data
+
+
 def in_a_zero_mark(data):
     """A cluster that reads as zeroes shows its base again."""
     for place in range(0, len(data) - 8, 8):
@@ -254,6 +261,7 @@ def in_a_zero_mark(data):
     [
         (beside_the_frame, 64 * KiB, "differ from the base"),
         (in_a_frame, 64 * KiB, "are not what the source sent"),
+        (in_the_backing_name, 64 * KiB, "names another base"),
         (in_a_refcount, 64 * KiB, "a refcount is wrong"),
         (in_a_zero_mark, 4 * KiB, "should be zeroes"),
     ],
@@ -282,3 +290,22 @@ def test_what_the_disk_stored_wrong_is_not_committed(tmp_path, scene, spoil, clu
                 with pytest.raises(Damaged, match=f"did not verify: .*{problem}"):
                     commit()
                 incoming.discard()
+
+
+def test_an_index_is_that_of_its_own_point(tmp_path):
+    """Two fulls of one content differ in nothing but what the index says that they are."""
+    library = MemoryLibrary(system=64 * KiB, journal=64 * KiB)
+
+    async def take():
+        frozen = await library.begin_checkpoint("web", DISKS, CONFIG)
+        await frozen.end("keep")
+        return stream_of(frozen)
+
+    streams = [trio.run(take) for _ in range(2)]
+    one, other = (stream[1][0].point for stream in streams)
+    with open_repository(tmp_path) as repository:
+        for stream in streams:
+            receive_all(repository, stream)
+        shutil.copy(tmp_path / "web" / one / "export.index", tmp_path / "web" / other / "export.index")
+        with pytest.raises(Damaged, match=f"{other}/export.index: is not the index of this point"):
+            repository.open("web", other).__enter__()
