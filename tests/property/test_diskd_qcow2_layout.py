@@ -5,11 +5,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diskd.core.copy_plan import Run
-from diskd.core.qcow2 import CLUSTER_SIZES, choose_cluster_bytes, l1_entries_of
+from diskd.core.qcow2 import (
+    CLUSTER_SIZES,
+    L1_BYTES_MAX,
+    check_geometry,
+    choose_cluster_bytes,
+    l1_entries_of,
+)
 from diskd.core.qcow2_reader import Qcow2Reader, read_chain
-from diskd.core.qcow2_writer import Qcow2Writer
+from diskd.core.qcow2_writer import Qcow2Writer, WriterState
 from diskd.core.stream import FrameKind
-from diskd.errors import Damaged
+from diskd.errors import Damaged, Refused
 
 SECTOR = 512
 
@@ -213,3 +219,24 @@ def test_a_large_sparse_disk_costs_what_it_holds():
     assert sum(piece.length for piece in mapped) == size
     for start, data in model.items():
         assert read_chain([reader], start, 65536) == data
+
+
+@pytest.mark.parametrize("size", [1 << 40, 4 << 40, (4 << 40) + 512, 16 << 40, 64 << 40])
+def test_no_cluster_size_is_chosen_that_qemu_would_not_open(size):
+    """A block here and there makes the smallest clusters look best; their L1 table has a limit (32 MiB)."""
+    plan = [Run(FrameKind.DATA, start, 4096) for start in range(0, size - 4096, size // 64)]
+    chosen = choose_cluster_bytes(plan, size)
+    check_geometry(size, chosen)
+    smaller = [cluster for cluster in CLUSTER_SIZES if cluster < chosen]
+    for cluster in smaller:
+        if l1_entries_of(size, cluster) * 8 > L1_BYTES_MAX:
+            with pytest.raises(Refused, match="too large for clusters"):
+                check_geometry(size, cluster)
+
+
+def test_a_file_whose_refcounts_qemu_would_not_read_is_refused():
+    """2^20 refcount blocks: 8 TiB of clusters of 4 KiB."""
+    writer = Qcow2Writer(MemoryFile().write, size_bytes=1 << 40, cluster_bytes=4096)
+    writer.restore(WriterState(1 << 31, 0, bytes(4096), None, b"", 0), b"")
+    with pytest.raises(Refused, match="too large for its cluster size"):
+        writer.finish()
