@@ -1,5 +1,6 @@
 """Pruning on real files: a crash after every step, a flipped bit in what is to stay, and the reasons."""
 
+import errno
 import os
 import shutil
 
@@ -255,3 +256,18 @@ def test_a_synthetic_full_keeps_its_place_in_the_history(tmp_path, scene):
         True,
     )
     assert after.export_digest != before.export_digest
+
+
+class NoRoom(RepositoryFiles):
+    def write(self, descriptor, offset, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_no_room_for_a_synthetic_full_is_told_with_what_to_do(tmp_path, scene):
+    scene.fill(tmp_path)
+    with open_repository(tmp_path, NoRoom()) as repository:
+        with pytest.raises(Refused, match=f"no room .*{scene.names[2]}.*nothing was removed.*keep"):
+            repository.prune("web", LAST, poll, dry_run=False)
+        with pytest.raises(OSError, match="No space left"):
+            repository.synthesize("web", scene.names[2], poll)
+    scene.check(tmp_path, 3)

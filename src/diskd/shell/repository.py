@@ -357,6 +357,13 @@ class Repository:
                     f"{error}; nothing was removed: an older point may be what is left of it"
                     f" (diskctl target verify {vm} tells more)"
                 ) from error
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                raise Refused(
+                    f"there is no room to make a full of {vm}/{point}; nothing was removed: make room, or keep"
+                    " more points, so that what it builds on stays"
+                ) from error
             for point in plan.remove:
                 begin(poll, "remove", point, None)
                 poll()

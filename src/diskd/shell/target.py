@@ -16,6 +16,7 @@ settles (B3): after the answer it is committed, or never will be.
 """
 
 import contextlib
+import errno
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -132,7 +133,9 @@ def reason_of(error: BaseException) -> str:
     """One line for the other side."""
     if isinstance(error, OSError):
         where = f"{Path(str(error.filename)).name}: " if error.filename else ""
-        return f"{where}{error.strerror or error}"
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "; make room at the target (diskctl target prune), then try again" if is_full else ""
+        return f"{where}{error.strerror or error}{remedy}"
     return str(error) or type(error).__name__
 
 
@@ -235,6 +238,8 @@ class Target:
                 report = await self._thread(self._repository.synthesize, request.vm, request.point, work)
             except Damaged as error:
                 raise Damaged(f"{error}; take a full backup (diskctl backup --full)") from error
+            except OSError as error:
+                raise Refused(reason_of(error)) from error
         log.info("point.synthesized", vm=report.vm, point=report.point, was=report.was)
         return report
 
