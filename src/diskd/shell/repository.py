@@ -348,22 +348,9 @@ class Repository:
         plan = plan_prune(loaded.points, keep, self.unfinished_points(vm), self._bases_of(vm, loaded.damaged))
         sizes = [disk.file.size for point in plan.remove for disk in loaded.points[point].disks]
         if plan.remove and not dry_run:
-            try:
-                for point in plan.synthesize:
-                    self.synthesize(vm, point, poll)
-                self._check_kept(vm, plan.wanted, poll)
-            except Damaged as error:
-                raise Damaged(
-                    f"{error}; nothing was removed: an older point may be what is left of it"
-                    f" (diskctl target verify {vm} tells more)"
-                ) from error
-            except OSError as error:
-                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                    raise
-                raise Refused(
-                    f"there is no room to make a full of {vm}/{point}; nothing was removed: make room, or keep"
-                    " more points, so that what it builds on stays"
-                ) from error
+            for point in plan.synthesize:
+                self._make_full(vm, point, poll)
+            self._check_kept(vm, plan.wanted, poll)
             for point in plan.remove:
                 begin(poll, "remove", point, None)
                 poll()
@@ -371,6 +358,19 @@ class Repository:
         broken = [point for point in plan.keep if point not in plan.wanted]
         damaged = sorted([p for p in broken if not is_restorable(loaded.points, p)] + [*loaded.damaged])
         return PruneReport(vm, plan.keep, plan.synthesize, plan.remove, sum(sizes), damaged, plan.verdicts)
+
+    def _make_full(self, vm: str, point: str, poll: Poll) -> None:
+        try:
+            self.synthesize(vm, point, poll)
+        except Damaged as error:
+            raise _prune_stopped(vm, str(error)) from error
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise Refused(
+                f"there is no room to make a full of {vm}/{point}; nothing was removed: make room, or keep more"
+                " points, so that what it builds on stays"
+            ) from error
 
     def _check_kept(self, vm: str, wanted: list[str], poll: Poll) -> None:
         """Every file of what is to be kept is still what was committed, down to the last bit. Raises Damaged.
@@ -386,7 +386,7 @@ class Repository:
             begin(poll, "check", point, sum(file.size for file in files))
             _, problems = check_files(self._directory(vm) / point, manifest, poll)
             if problems:
-                raise Damaged(problems[0])
+                raise _prune_stopped(vm, problems[0])
 
     def _bases_of(self, vm: str, points: Iterable[str]) -> dict[str, str | None]:
         """What points without a good manifest build on, as far as their indexes tell."""
@@ -412,6 +412,13 @@ class Repository:
         if not NAME_PATTERN.fullmatch(vm):
             raise Refused(f"{vm[:80]!r} is not a VM's name")
         return self.root / vm
+
+
+def _prune_stopped(vm: str, problem: str) -> Damaged:
+    return Damaged(
+        f"{problem}; nothing was removed: an older point may be what is left of it (diskctl target verify"
+        f" {vm} tells more)"
+    )
 
 
 def _may_go_on(path: Path, now: float) -> bool:
