@@ -5,12 +5,10 @@ import errno
 import random
 import signal
 import struct
-import threading
 
 import nbd_client
 import pytest
 import trio
-import trio.testing
 from diskd_target import RaisesLeaf, start_target
 from diskd_target_peers import MiB, backup, call, exported, open_export, two_disks
 from diskd_target_process import target_process
@@ -93,44 +91,6 @@ async def test_settling_ends_a_stream_that_hangs(tmp_path, library, nursery):
     listed = await call(address, calls.LIST, calls.VmName(None))
     assert listed.points == []
     assert list((tmp_path / "web").iterdir()) == []
-
-
-class SlowToBegin(RepositoryFiles):
-    """The directory of a new point takes until it is let go."""
-
-    def __init__(self):
-        self.began, self.go_on = threading.Event(), threading.Event()
-
-    def make_directory(self, path):
-        if path.name.startswith("."):
-            self.began.set()
-            assert self.go_on.wait(30)
-        super().make_directory(path)
-
-
-async def test_settling_ends_a_stream_that_has_just_begun(tmp_path, library, nursery):
-    """There is nothing of it on the disk yet that could be taken away from it (B3)."""
-    files = SlowToBegin()
-    address, _ = await start_target(nursery, tmp_path, files=files)
-    frozen, (data, _, opening) = await exported(library)
-    answers = []
-
-    async def settle():
-        answers.append(await call(address, calls.SETTLE, calls.PointName("web", frozen.point)))
-
-    async with connect(address) as client:
-        peer = await open_export(client)
-        await peer.stream.send_all(opening)
-        await trio.to_thread.run_sync(files.began.wait)
-        async with trio.open_nursery() as settling:
-            settling.start_soon(settle)
-            await trio.testing.wait_all_tasks_blocked(0.1)
-            files.go_on.set()
-        assert [answer.committed for answer in answers] == [False]
-        with contextlib.suppress(trio.BrokenResourceError):
-            await peer.stream.send_all(data[len(opening) :])
-        assert isinstance(await peer.last_reply(), RefusedReply)
-    assert (await call(address, calls.LIST, calls.VmName(None))).points == []
 
 
 async def test_a_newer_backup_of_the_vm_ends_the_one_that_hangs(tmp_path, library, nursery):

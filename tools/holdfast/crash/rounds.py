@@ -81,6 +81,7 @@ class Rounds:
         self._may_overflow = may_overflow  # the guests may write more than an AVHD takes: B2
         self._may_go: set[str] = set()  # what a prune of this round may have removed
         self._is_disturbed = False
+        self._is_interrupted = False
 
     async def tell(self, rounds: int) -> None:
         """Raises Violation."""
@@ -103,6 +104,9 @@ class Rounds:
     async def _round(self, number: int) -> None:
         rng = self._rng
         action = "backup" if number == 0 else rng.choice(_ACTIONS)
+        if self._is_interrupted and rng.random() < 0.6:
+            action = "resume"
+        self._is_interrupted = False
         fault = rng.choice(_FAULTS) if rng.random() < 0.5 else None
         self._is_disturbed = fault is not None or self._may_overflow
         guests = self._guests = Guests(self._machine, BUSY)
@@ -119,6 +123,8 @@ class Rounds:
                 if fault is not None:
                     nursery.start_soon(self._disturb, fault, rng.random(), asking)
                 await self._do(action, rng)
+            if asking.cancelled_caught:
+                self._is_interrupted = action in ("backup", "full")
             guests.end()
         self.told[action] += 1
         if fault is not None:
@@ -172,6 +178,7 @@ class Rounds:
             await acts[action](rng)
         except (CallRefused, CallFailed) as error:
             self.told["failed actions"] += 1
+            self._is_interrupted = action in ("backup", "full")
             if not self._is_disturbed:
                 raise Violation(f"{action}: {error} (nothing had been disturbed)") from error
 
