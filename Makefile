@@ -47,6 +47,7 @@ format: setup
 bench: setup
 	@$(BIN)/python -m holdfast.bench
 	@$(BIN)/python -m holdfast.bench.export
+	@$(BIN)/python -m holdfast.bench.differential
 	@$(BIN)/python -m holdfast.bench.checkpoint
 
 sim: setup

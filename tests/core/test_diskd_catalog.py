@@ -4,6 +4,7 @@ import json
 
 import attrs
 import pytest
+from blake3 import blake3
 from diskd_manifests import manifest, name, points
 
 from diskd.core.catalog import (
@@ -69,6 +70,14 @@ def test_incoming_needs_a_base_with_the_same_disks():
         check_incoming(header_of(manifest(9, 3, disks=("other",)), config=""), CHAIN)
 
 
+def test_incoming_needs_the_image_that_the_base_was_made_of():
+    """Whatever the source believed: the changes of one image are no changes of another."""
+    header = header_of(manifest(9, 3), config="")
+    other = attrs.evolve(header, disks=[attrs.evolve(header.disks[0], image="another")])
+    with pytest.raises(Refused, match=r"was the image system in rp-.* now it is another; .*--full"):
+        check_incoming(other, CHAIN)
+
+
 def test_commit_order_keeps_bases_first_within_one_second():
     same = points(manifest(1, at="t"), manifest(3, 2, at="t"), manifest(2, 1, at="t"))
     assert [m.point for m in by_commit(same.values())] == [name(1), name(2), name(3)]
@@ -115,6 +124,16 @@ def test_every_flipped_bit_of_a_manifest_is_found():
             # White space between members carries nothing.
             assert same
             assert chr(data[place]).isspace()
+
+
+@pytest.mark.parametrize("other", [{"version": 2}, {"format": "something-else"}, {"version": "1"}])
+def test_a_manifest_of_another_version_is_refused_though_whole(other):
+    document = {**json.loads(encode_manifest(manifest(1))), **other}
+    del document["blake3"]
+    whole = json.dumps(document, sort_keys=True, separators=(",", ":")).encode()
+    document["blake3"] = blake3(whole).hexdigest()
+    with pytest.raises(Damaged, match="not a manifest of version 1"):
+        decode_manifest(json.dumps(document).encode(), vm="web", point=name(1))
 
 
 @pytest.mark.parametrize("data", [b"", b"{}", b"[]", b"\xff", b"[" * 100_000, b'{"a":NaN}'])

@@ -100,6 +100,14 @@ def test_what_cannot_be_restored_is_not_counted_and_stays_with_its_base():
     assert "cannot be restored" in said[name(3)][0]
 
 
+def test_what_a_damaged_manifest_is_known_to_build_on_stays():
+    plan = plan_prune(CHAIN, Keep(last=1), damaged={name(7): name(2), name(8): None, name(9): name(6)})
+    assert acts(plan) == (names(1, 2, 5), names(5), names(4, 3))
+    assert plan.wanted == names(5)
+    said = {verdict.point: verdict.reasons for verdict in plan.verdicts}
+    assert said[name(1)] == said[name(2)] == [f"needed by {name(7)}, which cannot be restored now"]
+
+
 def test_a_time_that_cannot_be_read_is_kept():
     plan = plan_prune(history("2026-01-01T00:00:00+00:00", "2026-01-02T00:00:00+00:00", "?"), Keep(daily=1))
     assert plan.keep == names(1, 2)

@@ -60,13 +60,15 @@ for _name in STEPS:
 class LossyFiles(CrashingFiles):
     """A power loss at the crash: what was not synced is gone, whether bytes or names.
 
-    A rename or an exchange stays although its directory was not synced: the harder case, since then
-    the commit is there and everything below it had better be.
+    A commit or an exchange stays although its directory was not synced: the harder case, since then
+    the commit is there and everything below it had better be. Where a point lost its name, that is taken
+    back: then its files had better be there.
     """
 
     def __init__(self, at):
         super().__init__(at)
         self.unsynced, self.unnamed, self.open = set(), set(), {}
+        self.retired = {}
 
     def create(self, path):
         descriptor = super().create(path)
@@ -93,6 +95,7 @@ class LossyFiles(CrashingFiles):
     def sync_directory(self, path):
         super().sync_directory(path)
         self.unnamed = {name for name in self.unnamed if name.parent != path}
+        self.retired = {old: new for old, new in self.retired.items() if old.parent != path}
 
     def publish(self, temporary, final):
         super().publish(temporary, final)
@@ -102,6 +105,10 @@ class LossyFiles(CrashingFiles):
         super().exchange(one, other)
         self._moved(one, other)
 
+    def retire(self, point, temporary):
+        self.retired[point] = temporary
+        super().retire(point, temporary)
+
     def _moved(self, old, new):
         for names in (self.unsynced, self.unnamed):
             moved = {new / name.name if name.parent == old else name for name in names}
@@ -109,6 +116,11 @@ class LossyFiles(CrashingFiles):
             names.update(moved)
 
     def lose(self):
+        for point, temporary in self.retired.items():
+            if temporary.exists():
+                temporary.rename(point)
+            elif not point.exists():
+                point.mkdir()
         for path in self.unsynced | self.unnamed:
             if path.exists() and path in self.unnamed:
                 path.unlink()

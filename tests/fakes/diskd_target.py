@@ -23,7 +23,7 @@ class RaisesLeaf:
     """pytest.raises for an exception that may come wrapped in groups."""
 
     def __init__(self, kind, match=""):
-        self.kind, self.match = kind, match
+        self.kind, self.match, self.said = kind, match, ""
 
     def __enter__(self):
         return self
@@ -33,6 +33,7 @@ class RaisesLeaf:
         if isinstance(error, trio.Cancelled):
             return False
         found = leaves(error)
+        self.said = "; ".join(str(leaf) for leaf in found)
         assert any(isinstance(leaf, self.kind) and self.match in str(leaf) for leaf in found), found
         return True
 

@@ -53,27 +53,41 @@ class Image:
 
 
 class Target:
+    """``files``: of each point, on what it was put, and what it holds of each disk; the model's own record,
+    which no rule reads or writes. ``points``: its manifests, for the rules."""
+
     def __init__(self, name):
         self.name, self.points, self.files = name, {}, {}
+
+    def chain(self, point):
+        """The points below, itself first; None where one is missing or lacks a disk."""
+        links = []
+        while point is not None:
+            if point not in self.files:
+                return None
+            links.append(point)
+            point = self.files[point][0]
+        disks = set(self.files[links[0]][1])
+        return links if all(disks <= set(self.files[link][1]) for link in links) else None
 
     def restore(self, point):
         """As `target restore` reads: the newest file of the chain that has a block, within its size."""
         found = {}
-        chain = chain_of(self.points, point)
-        for disk in chain[0].disks:
-            content = [0] * disk.virtual_size
+        chain = self.chain(point)
+        for name, (virtual_size, _) in self.files[point][1].items():
+            content = [0] * virtual_size
             for link in reversed(chain):
-                size, blocks = self.files[link.point][disk.name]
+                size, blocks = self.files[link][1][name]
                 content = [value if block < size else 0 for block, value in enumerate(content)]
                 for block, value in blocks.items():
                     if block < len(content):
                         content[block] = value
-            found[disk.name] = tuple(content)
+            found[name] = tuple(content)
         return found
 
     def synthesize(self, point):
         content = self.restore(point)
-        self.files[point] = {name: (len(all_), dict(enumerate(all_))) for name, all_ in content.items()}
+        self.files[point] = None, {name: (len(all_), dict(enumerate(all_))) for name, all_ in content.items()}
         self.points[point] = attrs.evolve(self.points[point], base=None, kind="full", synthetic=True)
 
     def remove(self, point):
@@ -146,7 +160,7 @@ class World:
         for image_name in source.disks.values():
             source.images[image_name].changed[new.point] = set()
         if outcome != "failed":
-            target.points[new.point], target.files[new.point] = new, files
+            target.points[new.point], target.files[new.point] = new, (base, files)
         if outcome == "failed":
             source.forget(new.point)
         elif outcome == "unacknowledged":
@@ -165,6 +179,7 @@ class World:
         return False
 
     def prune(self, target, keep, crash_after):
+        whole = [point for point in target.points if target.chain(point)]
         plan = plan_prune(target.points, keep)
         steps = [(target.synthesize, p) for p in plan.synthesize] + [(target.remove, p) for p in plan.remove]
         for step, point in steps[:crash_after]:
@@ -172,11 +187,21 @@ class World:
                 assert dependants(target.points, point) == []
             step(point)
             self.check()
+            # What is left of what was whole is whole; the newest of it are left, whenever it crashed.
+            assert all(target.chain(other) for other in whole if other in target.points)
+            assert set(whole[-keep.last :]) <= set(target.points)
+        if crash_after >= len(steps):
+            assert [point for point in target.points if target.chain(point)] == whole[
+                -keep.last :
+            ] or self.lost
 
     def check(self):
         for target in self.targets:
             for point in target.points:
-                if is_restorable(target.points, point):
+                chain = target.chain(point)
+                assert is_restorable(target.points, point) == (chain is not None)
+                if chain:
+                    assert [link.point for link in chain_of(target.points, point)] == chain
                     assert target.restore(point) == self.truth[point]
                 else:
                     # Only what a lost point took with it.

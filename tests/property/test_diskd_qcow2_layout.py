@@ -5,11 +5,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diskd.core.copy_plan import Run
-from diskd.core.qcow2 import CLUSTER_SIZES, choose_cluster_bytes, l1_entries_of
+from diskd.core.qcow2 import (
+    CLUSTER_SIZES,
+    COPIED,
+    L1_BYTES_MAX,
+    check_geometry,
+    choose_cluster_bytes,
+    l1_entries_of,
+)
 from diskd.core.qcow2_reader import Qcow2Reader, read_chain
-from diskd.core.qcow2_writer import Qcow2Writer
+from diskd.core.qcow2_writer import Qcow2Writer, WriterState
 from diskd.core.stream import FrameKind
-from diskd.errors import Damaged
+from diskd.errors import Damaged, Refused
 
 SECTOR = 512
 
@@ -213,3 +220,63 @@ def test_a_large_sparse_disk_costs_what_it_holds():
     assert sum(piece.length for piece in mapped) == size
     for start, data in model.items():
         assert read_chain([reader], start, 65536) == data
+
+
+@pytest.mark.parametrize("size", [1 << 40, 4 << 40, (4 << 40) + 512, 16 << 40, 64 << 40])
+def test_no_cluster_size_is_chosen_that_qemu_would_not_open(size):
+    """A block here and there makes the smallest clusters look best; their L1 table has a limit (32 MiB)."""
+    plan = [Run(FrameKind.DATA, start, 4096) for start in range(0, size - 4096, size // 64)]
+    chosen = choose_cluster_bytes(plan, size)
+    check_geometry(size, chosen)
+    smaller = [cluster for cluster in CLUSTER_SIZES if cluster < chosen]
+    for cluster in smaller:
+        if l1_entries_of(size, cluster) * 8 > L1_BYTES_MAX:
+            with pytest.raises(Refused, match="too large for clusters"):
+                check_geometry(size, cluster)
+
+
+def test_a_file_whose_refcounts_qemu_would_not_read_is_refused():
+    """2^20 refcount blocks: 8 TiB of clusters of 4 KiB."""
+    writer = Qcow2Writer(MemoryFile().write, size_bytes=1 << 40, cluster_bytes=4096)
+    writer.restore(WriterState(1 << 31, 0, bytes(4096), None, b"", 0), b"")
+    with pytest.raises(Refused, match="too large for its cluster size"):
+        writer.finish()
+
+
+def two_clusters():
+    """A file with two data clusters, and where their L2 entries are in it."""
+    size, cluster = 1 << 20, 65536
+    file = write_layer(size, [(0, 2 * cluster, "data", 7)], cluster, bytearray(size))
+    entries = file.data.index((3 * cluster + COPIED).to_bytes(8, "big")) - 8
+    return file, entries, cluster
+
+
+def test_clusters_that_are_used_twice_or_not_at_all_are_damage():
+    """Whatever the counts say: qemu-img check would complain, and a repair of it would cost data."""
+    file, entries, _ = two_clusters()
+    file.reader().check()
+    file.data[entries + 8 : entries + 16] = file.data[entries : entries + 8]
+    with pytest.raises(Damaged, match="used twice"):
+        file.reader().check()
+    file, entries, cluster = two_clusters()
+    file.data[entries + 8 : entries + 16] = bytes(8)
+    with pytest.raises(Damaged, match="belongs to nothing"):
+        file.reader().check()
+    file, entries, cluster = two_clusters()
+    file.data[entries : entries + 8] = (COPIED + cluster).to_bytes(8, "big")
+    with pytest.raises(Damaged, match="used twice"):
+        file.reader().check()
+
+
+@pytest.mark.parametrize("wrong", [0, 2])
+def test_a_count_that_is_not_one_is_damage(wrong):
+    file, _, cluster = two_clusters()
+    counts = len(file.data) - cluster
+    assert file.data[counts : counts + 4] == b"\0\1\0\1"
+    file.data[counts + 7] = wrong
+    with pytest.raises(Damaged, match="a refcount is wrong"):
+        file.reader().check()
+    file, _, cluster = two_clusters()
+    file.data[-1] = 1
+    with pytest.raises(Damaged, match="a refcount is wrong"):
+        file.reader().check()

@@ -119,8 +119,9 @@ async def test_damage_at_the_target_is_told_as_such(tmp_path, library, nursery):
     place = data.find(b"x" * 1000)
     data[place] ^= 1
     path.write_bytes(data)
-    with RaisesLeaf(Refused, "root.qcow2"):
+    with RaisesLeaf(Refused, "root.qcow2") as refusal:
         await audit(library, address)
+    assert "take a full backup" in refusal.said
     assert not library.busy
 
 

@@ -1,11 +1,14 @@
 """The backup commands' bad input: one line that says what to do, and the right exit code."""
 
+import json
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import trio
+from diskd_target_peers import backup, two_disks
 from diskd_target_process import target_process
 
 BINARIES = Path(sys.executable).parent
@@ -53,6 +56,24 @@ async def test_one_target_per_root(tmp_path):
         assert (done.returncode, done.stdout) == (0, "[]\n")
 
 
+async def test_a_restore_prints_lines_of_json(tmp_path):
+    async with target_process(tmp_path / "root") as target:
+        done = await backup(two_disks(), target.address)
+        to = {"HOLDFAST_TARGET": str(target.address)}
+        restore = ("diskctl", "target", "restore", "web", done.point, "--to", tmp_path / "out", "--json")
+        told = await trio.to_thread.run_sync(lambda: run(*restore, **to))
+    assert (told.returncode, told.stderr) == (0, "")
+    *progress, result = [json.loads(line) for line in told.stdout.splitlines()]
+    assert progress
+    for line in progress:
+        assert list(line) == ["progress"]
+        assert line["progress"]["step"] == "restore"
+        assert 0 < line["progress"]["done_bytes"] <= result["data_bytes"]
+    assert [disk["file"] for disk in result["disks"]] == [
+        str(tmp_path / "out" / name) for name in ("system.raw", "journal.raw")
+    ]
+
+
 NOBODY = "127.0.0.1:1"
 
 
@@ -78,6 +99,8 @@ NOBODY = "127.0.0.1:1"
         (2, "--keep-last", ["target", "prune", "web", "--keep-last", "0", "--target", NOBODY]),
         (2, "--keep-daily", ["target", "prune", "web", "--target", NOBODY]),
         (2, "--keep-weekly", ["target", "prune", "web", "--keep-weekly", "-1"]),
+        (2, "exclude", ["checkpoint", "end", "cp-0123456789abcdef", "--keep-point", "--discard"]),
+        (2, "exclude", ["san", "end", "rp-0123456789abcdef", "--discard", "--keep-point"]),
     ],
 )
 def test_bad_commands(code, text, arguments):
@@ -97,6 +120,13 @@ def test_bad_vm_files(tmp_path, content, text):
     path = tmp_path / "web.toml"
     path.write_bytes(content)
     refused(1, text, "diskctl", "backup", "--vm", "web", "--config", path, "--target", NOBODY)
+
+
+def test_a_vm_file_that_is_no_text_is_no_checkpoints(tmp_path):
+    path = tmp_path / "web.toml"
+    path.write_bytes(b"\xff\xfe")
+    freeze = ("checkpoint", "begin", "--vm", "web", "--image", "d", "--config", path)
+    refused(1, "UTF-8", "diskctl", "--control", NOBODY, *freeze)
 
 
 def test_garbage_is_not_applied(tmp_path):

@@ -1,5 +1,6 @@
 """Pruning on real files: a crash after every step, a flipped bit in what is to stay, and the reasons."""
 
+import errno
 import os
 import shutil
 
@@ -11,7 +12,7 @@ from diskd_repository_scene import CONFIG, DISKS, Crash, LossyFiles, Scene, poll
 from diskd_target import receive_all, stream_of
 
 from diskd.core.retention import Keep
-from diskd.errors import Damaged
+from diskd.errors import Damaged, Refused
 from diskd.shell.repository import open_repository
 from diskd.shell.repository_files import RepositoryFiles
 
@@ -112,9 +113,27 @@ def test_a_flipped_bit_in_a_base_stops_the_prune(tmp_path, scene, number):
             ] or [m.host for m in opened.views["system"].layers[0].reader.map(100 << 10, 4096) if m.host][:1]
         flip(tmp_path / "web" / scene.names[number] / "system.qcow2", place)
         before = sorted(os.listdir(tmp_path / "web"))
-        with pytest.raises(Damaged, match=r"system\.qcow2"):
+        with pytest.raises(Damaged, match=r"system\.qcow2.*nothing was removed.*target verify web"):
             repository.prune("web", LAST, poll, dry_run=False)
         assert sorted(os.listdir(tmp_path / "web")) == before
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_what_a_point_without_a_good_manifest_builds_on_stays(tmp_path, scene, number):
+    """Somebody may have a copy of the manifest: then the point is whole again."""
+    scene.fill(tmp_path)
+    path = tmp_path / "web" / scene.names[number] / "manifest.json"
+    good = path.read_bytes()
+    flip(path, 100)
+    with open_repository(tmp_path) as repository:
+        report = repository.prune("web", LAST, poll, dry_run=False)
+        assert report.removed == []
+        assert scene.names[number] in report.damaged
+        said = {verdict.point: verdict.reasons for verdict in report.verdicts}
+        assert said[scene.names[0]][-1:] == [f"needed by {scene.names[number]}, which cannot be restored now"]
+        path.write_bytes(good)
+        for name in scene.names:
+            assert repository.verify("web", name, poll).problems == []
 
 
 def test_the_report_says_why(tmp_path, scene):
@@ -157,3 +176,98 @@ def test_what_an_unfinished_backup_builds_on_outlives_a_prune(tmp_path):
         assert repository.verify("web", unfinished, poll).problems == []
         with repository.open("web", unfinished) as opened:
             assert opened.views["system"].read(0, len(disk.data)) == bytes(disk.data)
+
+
+class Chains:
+    """A repository in which each point builds on what one likes. ``take``: a backup's stream."""
+
+    def __init__(self):
+        self.library = MemoryLibrary(system=600 << 10, journal=64 << 10)
+
+    def take(self, base=None):
+        async def take():
+            frozen = await self.library.begin_checkpoint("web", DISKS, CONFIG)
+            stream = stream_of(frozen, base and base[1][0].point)
+            await frozen.end("keep")
+            return stream
+
+        self.library.images["system"].write(os.urandom(1)[0] << 10, os.urandom(100 << 10))
+        return trio.run(take)
+
+
+def named(stream):
+    return stream[1][0].point
+
+
+def test_what_a_kept_point_builds_on_is_read_again_too(tmp_path):
+    """Its base is kept for another reason only: because a damaged point needs it."""
+    chains = Chains()
+    oldest, base = chains.take(), chains.take()
+    broken, newest = chains.take(base), chains.take(base)
+    with open_repository(tmp_path) as repository:
+        for stream in (oldest, base, broken, newest):
+            receive_all(repository, stream)
+        shutil.rmtree(tmp_path / "web" / named(broken))
+        needing = chains.take(broken)
+        (tmp_path / "web" / named(needing)).mkdir()
+        index = tmp_path / "web" / named(needing) / "export.index"
+        index.write_bytes(needing[2])
+        assert repository.prune("web", LAST, poll, dry_run=True).synthesized == [named(newest)]
+        index.write_bytes(chains.take(base)[2])
+        report = repository.prune("web", LAST, poll, dry_run=True)
+        assert (report.synthesized, report.removed) == ([], [named(oldest)])
+        flip(tmp_path / "web" / named(base) / "vm.toml", 0)
+        with pytest.raises(Damaged, match=f"{named(base)}/vm.toml.*nothing was removed"):
+            repository.prune("web", LAST, poll, dry_run=False)
+
+
+def test_a_base_that_was_built_on_meanwhile_is_not_removed(tmp_path):
+    """Whatever the plan said: the look at the chains comes last."""
+    chains = Chains()
+    base = chains.take()
+    newest, late = chains.take(base), [chains.take(base)]
+    with open_repository(tmp_path) as repository:
+        for stream in (base, newest):
+            receive_all(repository, stream)
+
+        def back_up():
+            if late and repository.load("web").points[named(newest)].base is None:
+                receive_all(repository, late.pop())
+
+        with pytest.raises(Refused, match=f"{named(base)} is needed by"):
+            repository.prune("web", LAST, back_up, dry_run=False)
+        for point in repository.load("web").points:
+            assert repository.verify("web", point, poll).problems == []
+        assert len(repository.load("web").points) == 3
+
+
+def test_a_synthetic_full_keeps_its_place_in_the_history(tmp_path, scene):
+    """Retention goes by the time of the commit, the source by the digest that it computed."""
+    scene.fill(tmp_path)
+    with open_repository(tmp_path) as repository:
+        before = repository.load("web").points[scene.names[1]]
+        repository.synthesize("web", scene.names[1], poll)
+        after = repository.load("web").points[scene.names[1]]
+    assert (after.committed_at, after.source_digest) == (before.committed_at, before.source_digest)
+    assert (before.kind, before.synthetic, after.kind, after.synthetic) == (
+        "differential",
+        False,
+        "full",
+        True,
+    )
+    assert after.export_digest != before.export_digest
+
+
+class NoRoom(RepositoryFiles):
+    def write(self, descriptor, offset, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_no_room_for_a_synthetic_full_is_told_with_what_to_do(tmp_path, scene):
+    scene.fill(tmp_path)
+    with open_repository(tmp_path, NoRoom()) as repository:
+        with pytest.raises(Refused, match=f"no room .*{scene.names[2]}.*nothing was removed.*keep"):
+            repository.prune("web", LAST, poll, dry_run=False)
+        with pytest.raises(OSError, match="No space left"):
+            repository.synthesize("web", scene.names[2], poll)
+    scene.check(tmp_path, 3)

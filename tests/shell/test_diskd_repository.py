@@ -279,5 +279,5 @@ def test_an_exchange_that_may_not_last_takes_nothing(tmp_path, scene, power_lost
     assert (tmp_path / "web" / temporary / MANIFEST).exists()
     files = FailingSync(0, waits=False)
     with open_repository(tmp_path, files):
-        assert files.did == [("sync", "web"), ("remove", temporary)]
+        assert files.did == [("sync", "web"), ("sync", "web"), ("remove", temporary)]
     scene.check(tmp_path, 3)

@@ -4,10 +4,12 @@ import pytest
 import trio
 from diskd_frozen import MemoryLibrary
 from diskd_target import RaisesLeaf, start_target, stream_of
-from diskd_target_peers import MiB, backup, two_disks
+from diskd_target_peers import MiB, backup, exported, two_disks
 
 from daemonkit.diskd_api import BackupDisk
 from daemonkit.errors import OperatorError
+from daemonkit.ports import Address
+from daemonkit.rpc import Registry, serve
 from diskd.core import target_calls as calls
 from diskd.core.stream import (
     DiskHeader,
@@ -117,3 +119,48 @@ async def test_apply_verifies_before_it_writes(tmp_path):
         apply_file(tmp_path / "full", raw)
     apply_file(tmp_path / "difference", raw)
     assert raw.read_bytes() == disk.data
+
+
+async def exports():
+    """The streams of a full and of a differential of two disks; the first is ``rp-...1``."""
+    library, streams = two_disks(), []
+    for base in (None, "rp-" + "0" * 15 + "1"):
+        _, (data, _, _) = await exported(library, base)
+        streams.append(data)
+        library.images["journal"].write(0, b"new" * 1000)
+    return streams
+
+
+@pytest.mark.parametrize("disk_format", ["raw", "qcow2"])
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda full, _: full.replace(b"j" * 4096, b"j" * 4095 + b"k"), "digest"),
+        (lambda full, _: full[:-100] + bytes([full[-100] ^ 1]) + full[-99:], ""),
+        (lambda full, _: full[:-1], "ends"),
+        (lambda _, differential: differential, "something else"),
+        (
+            lambda full, _: full.replace(b"rp-" + b"0" * 15 + b"1", b"rp-" + b"0" * 15 + b"3"),
+            "something else",
+        ),
+        (lambda full, _: full.replace(b"web", b"wed"), "something else"),
+    ],
+)
+async def test_whatever_a_target_or_a_wire_makes_of_a_point_is_not_restored(
+    tmp_path, nursery, spoil, says, disk_format
+):
+    """B4: the restore verifies again, whoever has verified before."""
+    full, differential = await exports()
+    wrong = spoil(full, differential)
+    assert wrong != full
+
+    async def send(_params, _peer, stream):
+        await stream.send_all(wrong)
+        await stream.aclose()
+
+    registry = Registry()
+    registry.add_stream(calls.RESTORE, send)
+    address = await nursery.start(serve, registry, Address("127.0.0.1", 0))
+    with RaisesLeaf(OperatorError, says):
+        await restore(address, "rp-" + "0" * 15 + "1", tmp_path / "out", disk_format)
+    assert not (tmp_path / "out").exists() or list((tmp_path / "out").iterdir()) == []

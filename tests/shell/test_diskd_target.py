@@ -278,16 +278,20 @@ async def test_a_full_disk_fails_that_backup_only(tmp_path, library, nursery):
     files = FullDisk()
     address, _ = await start_target(nursery, tmp_path, files=files)
     first = await backup(library, address)
+    second = await backup(library, address)
     library.images["system"].write(0, b"new" * MiB)
     files.room = 1 * MiB
-    with RaisesLeaf(Refused, "No space left on device"):
+    with RaisesLeaf(Refused, "No space left on device") as refusal:
         await backup(library, address)
+    assert "make room at the target (diskctl target prune)" in refusal.said
+    with RaisesLeaf(CallRefused, "make room at the target (diskctl target prune)"):
+        await call(address, calls.SYNTHESIZE, calls.PointName("web", second.point))
     assert library.ended[-1][1] == "discard"
     files.room = 1 << 40
     done = await backup(library, address)
-    assert done.base == first.point
+    assert (second.base, done.base) == (first.point, second.point)
     verified = await call(address, calls.VERIFY, calls.PointFilter(None, None))
-    assert [p.problems for p in verified.points] == [[], []]
+    assert [p.problems for p in verified.points] == [[], [], []]
 
 
 async def test_a_full_disk_is_named_whatever_else_is_under_way(tmp_path, library, nursery):

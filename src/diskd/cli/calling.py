@@ -1,12 +1,13 @@
 """What all verbs of diskctl share: where diskd is, how it is asked, how tables are printed."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import attrs
 import click
 
 from daemonkit.cli import call_once, run_async
+from daemonkit.errors import UsageError
 from daemonkit.methods import Method
 from daemonkit.ports import Address
 
@@ -58,3 +59,10 @@ def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
     for row in [head, *rows]:
         click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def outcome_of(*, keep_point: bool, discard: bool) -> Literal["keep", "discard"]:
+    """How a checkpoint ends: by default as if it had not been tried. Raises UsageError for both."""
+    if keep_point and discard:
+        raise UsageError("--keep-point and --discard exclude each other")
+    return "keep" if keep_point else "discard"

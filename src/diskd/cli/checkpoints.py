@@ -1,14 +1,13 @@
 """`diskctl checkpoint`: a frozen view of a VM's disks, by hand, for pull-mode backups over NBD."""
 
 from pathlib import Path
-from typing import Literal
 
 import click
 
 from daemonkit.cli import print_json
 from daemonkit.diskd_api import BackupDisk
-from daemonkit.durable import read_small_file
-from diskd.cli.calling import Diskd, json_option, pass_diskd, print_table
+from diskd.cli.backup import read_config
+from diskd.cli.calling import Diskd, json_option, outcome_of, pass_diskd, print_table
 from diskd.core import calls
 
 
@@ -40,7 +39,7 @@ def begin(
     The [hooks] of --config, freeze and thaw, run on diskd's host around the cut: programs in its hooks_dir.
     """
     disks = [BackupDisk(name, name) for name in (*images, *more)]
-    text = read_small_file(config).decode() if config else ""
+    text = read_config(config) if config else ""
     info = diskd.call(calls.CHECKPOINT_BEGIN, calls.BeginCheckpoint(vm, disks, text, allow_crash_consistent))
     if as_json:
         print_json(
@@ -59,16 +58,16 @@ def begin(
 
 @checkpoint.command()
 @click.argument("checkpoint_id", metavar="ID")
-@click.option("--keep-point", "outcome", flag_value="keep", help="The backup is safe: its point is valid.")
-@click.option("--discard", "outcome", flag_value="discard", default="discard",
-              help="As if it had not been tried. (default)")  # fmt: skip
+@click.option("--keep-point", is_flag=True, help="The backup is safe: its point is valid.")
+@click.option("--discard", is_flag=True, help="As if it had not been tried. (default)")
 @pass_diskd
-def end(diskd: Diskd, checkpoint_id: str, outcome: Literal["keep", "discard"]) -> None:
+def end(diskd: Diskd, checkpoint_id: str, keep_point: bool, discard: bool) -> None:
     """End a checkpoint. Answers once that is durable; its AVHD is merged behind.
 
     A pending one, whose target's acknowledgement was lost, is settled by the next backup to that target;
     where the target is gone for good, this settles it by hand.
     """
+    outcome = outcome_of(keep_point=keep_point, discard=discard)
     diskd.call(calls.CHECKPOINT_END, calls.EndCheckpoint(checkpoint_id, outcome))
     click.echo(
         f"checkpoint {checkpoint_id} ended, {'its point is valid' if outcome == 'keep' else 'discarded'}"

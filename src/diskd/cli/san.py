@@ -1,14 +1,13 @@
 """`diskctl san`: snapshots of the volume that holds a VM's images, for third parties that read them."""
 
 from pathlib import Path
-from typing import Literal
 
 import click
 
 from daemonkit.cli import print_json
 from daemonkit.schema import unstructure
 from diskd.cli.backup import disks_of, read_config
-from diskd.cli.calling import SECONDS_UNBOUNDED, Diskd, json_option, pass_diskd, print_table
+from diskd.cli.calling import SECONDS_UNBOUNDED, Diskd, json_option, outcome_of, pass_diskd, print_table
 from diskd.core import san_calls as calls
 
 
@@ -58,12 +57,12 @@ def begin(
 
 @san.command()
 @click.argument("point")
-@click.option("--keep-point", "outcome", flag_value="keep", help="All of it was read: its point is valid.")
-@click.option("--discard", "outcome", flag_value="discard", default="discard",
-              help="As if it had not been tried. (default)")  # fmt: skip
+@click.option("--keep-point", is_flag=True, help="All of it was read: its point is valid.")
+@click.option("--discard", is_flag=True, help="As if it had not been tried. (default)")
 @pass_diskd
-def end(diskd: Diskd, point: str, outcome: Literal["keep", "discard"]) -> None:
+def end(diskd: Diskd, point: str, keep_point: bool, discard: bool) -> None:
     """Say what became of a snapshot, and have it deleted."""
+    outcome = outcome_of(keep_point=keep_point, discard=discard)
     diskd.call(calls.SAN_END, calls.SanEnd(point, outcome), seconds_max=SECONDS_UNBOUNDED)
     click.echo(f"{point}: {'kept' if outcome == 'keep' else 'discarded'}, its snapshot is deleted")
 

@@ -101,6 +101,7 @@ def list_(diskd: Diskd, vm: str | None, address: Address, as_json: bool) -> None
 def verify(diskd: Diskd, vm: str | None, point: str | None, address: Address, as_json: bool) -> None:
     """Read everything again and compare it with the manifests and with the source's digests.
 
+    Of all points, those of a VM, or one POINT and all that it builds on: none is good whose base is not.
     Exit code 1 if anything is not as it was committed; each place is named.
     """
     progress = Progress(as_json)
@@ -168,7 +169,8 @@ def restore(
     """Copy a point out of the repository into files here, verified while copying, sparse."""
     from diskd.shell.restore import restore_point  # Kept out of --help's way.
 
-    progress = Progress(as_json=False)
+    progress = Progress(as_json)
+    about = {"step": "restore", "vm": vm, "point": point}
     try:
         restored = run_async(
             lambda: restore_point(
@@ -177,7 +179,7 @@ def restore(
                 directory,
                 disk_format=disk_format,
                 key=diskd.key,
-                on_progress=lambda done: progress({"step": "restored", "size": format_size(done)}),
+                on_progress=lambda done: progress({**about, "done_bytes": done, "total_bytes": None}),
             )
         )
     finally:

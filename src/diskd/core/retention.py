@@ -63,8 +63,14 @@ class PrunePlan:
     verdicts: list[Verdict]
 
 
-def plan_prune(points: Points, keep: Keep, unfinished: Mapping[str, str | None] | None = None) -> PrunePlan:
+def plan_prune(
+    points: Points,
+    keep: Keep,
+    unfinished: Mapping[str, str | None] | None = None,
+    damaged: Mapping[str, str | None] | None = None,
+) -> PrunePlan:
     """``unfinished``: backups that a source may still go on with, and what each builds on, which is kept.
+    ``damaged``: what has no good manifest, and what it builds on as far as anybody knows, which is kept, too.
     Raises Refused where no rule keeps anything, or a number is out of bounds."""
     counts = (keep.last, keep.daily, keep.weekly, keep.monthly)
     if not any(counts):
@@ -78,7 +84,8 @@ def plan_prune(points: Points, keep: Keep, unfinished: Mapping[str, str | None] 
         if base in {manifest.point for manifest in good}:
             reasons.setdefault(base, []).append(f"the unfinished backup {point} builds on it")
     wanted = [manifest.point for manifest in ordered if manifest.point in reasons]
-    for point, reason in _needed_by_broken(points, [m for m in ordered if m not in good]).items():
+    broken = [m for m in ordered if m not in good]
+    for point, reason in _needed_by_broken(points, broken, damaged or {}).items():
         reasons.setdefault(point, []).append(reason)
     synthesize = [point for point in wanted if (base := points[point].base) and base not in reasons]
     return PrunePlan(
@@ -147,13 +154,14 @@ def _utc(committed_at: str) -> dt.datetime | None:
         return None
 
 
-def _needed_by_broken(points: Points, broken: Sequence[Manifest]) -> dict[str, str]:
+def _needed_by_broken(
+    points: Points, broken: Sequence[Manifest], damaged: Mapping[str, str | None]
+) -> dict[str, str]:
     """The broken points and everything that is left of their chains, each with the reason."""
-    needed: dict[str, str] = {}
-    for manifest in broken:
-        needed[manifest.point] = "it cannot be restored, and is neither counted nor removed"
-        point = manifest.base
+    needed = {m.point: "it cannot be restored, and is neither counted nor removed" for m in broken}
+    for needing, base in [*damaged.items(), *((manifest.point, manifest.base) for manifest in broken)]:
+        point = base
         while point is not None and point in points and point not in needed:
-            needed[point] = f"needed by {manifest.point}, which cannot be restored now"
+            needed[point] = f"needed by {needing}, which cannot be restored now"
             point = points[point].base
     return needed

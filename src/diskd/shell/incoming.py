@@ -55,7 +55,8 @@ from diskd.core.stream import (
 from diskd.errors import Damaged, Refused
 from diskd.shell.chain_view import OpenPoint, open_point
 from diskd.shell.repository_files import RepositoryFiles, digest_file
-from diskd.shell.verify import Poll, Stop, verify_content
+from diskd.shell.verify import Stop, verify_content
+from diskd.shell.work import Poll
 
 # Dirty pages go to the disk in such portions while more is received, so that the final sync is short.
 WRITEBACK_BYTES: Final = 16 * MiB

@@ -25,7 +25,7 @@ from diskd.core.audit import (
     encode_message,
 )
 from diskd.core.stream import FrameKind
-from diskd.errors import Refused
+from diskd.errors import Damaged, Refused
 from diskd.shell.chain_view import ChainView, OpenPoint
 
 Thread = Callable[[Callable[[], list[bytes]]], Awaitable[list[bytes]]]
@@ -44,8 +44,11 @@ async def answer_audit(
         async with opening as opened:
             await _answer_all(opened, stream, thread)
     except (HoldfastError, OSError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, Damaged):
+            reason += "; take a full backup (diskctl backup --full)"
         with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError, OSError):
-            await _send(stream, Answer([], " ".join(str(error).split()) or type(error).__name__))
+            await _send(stream, Answer([], reason))
             await stream.aclose()
 
 

@@ -14,7 +14,7 @@ import re
 import secrets
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
@@ -60,7 +60,8 @@ from diskd.shell.chain_view import OpenPoint, frames_of_view, open_point
 from diskd.shell.incoming import PROGRESS, Incoming, Unusable, index_header, unfinished
 from diskd.shell.repository_files import RepositoryFiles
 from diskd.shell.sharing import Sharing
-from diskd.shell.verify import Poll, check_files, verify_point
+from diskd.shell.verify import check_files, verify_point
+from diskd.shell.work import Poll, begin, count
 
 LOCK: Final = ".lock"
 IDENTITY: Final = ".id"
@@ -78,6 +79,10 @@ class VmPoints:
 
     points: dict[str, Manifest]
     damaged: dict[str, str]
+
+
+class Gone(Refused):
+    """The point was there a moment ago."""
 
 
 class Repository:
@@ -226,19 +231,25 @@ class Repository:
                 found[header.point] = header.base
         return found
 
-    def verify(self, vm: str, point: str, poll: Poll) -> Verified:
-        """Everything of one point re-read and compared."""
+    def verify(self, vm: str, point: str, poll: Poll, *, damaged: Collection[str] = ()) -> Verified:
+        """Everything of one point re-read and compared. ``damaged``: the points of this VM that are known to
+        be, so that one which builds on them is not called good. Raises Gone for a point that is not there."""
         loaded = self.load(vm)
         if point in loaded.damaged:
             return Verified(vm, point, 0, [loaded.damaged[point]])
+        if point not in loaded.points:
+            raise Gone(f"the target has no point {point} of {vm} any more")
         try:
             chain = chain_of(loaded.points, point)
         except Damaged as error:
             return Verified(vm, point, 0, [str(error)])
         total, problems = verify_point(self._directory(vm), chain, poll=poll)
-        if problems and self.load(vm).points != loaded.points:
-            # A synthetic full took its place (or its base's) in the middle: look again.
-            return self.verify(vm, point, poll)
+        now = self.load(vm).points
+        if any(now.get(link.point) != link for link in (chain if problems else chain[:1])):
+            # A synthetic full took its place (or its base's) in the middle, or it was pruned: look again.
+            return self.verify(vm, point, poll, damaged=damaged)
+        if len(chain) > 1 and chain[1].point in damaged:
+            problems.append(f"{vm}/{point}: it builds on {chain[1].point}, which is damaged")
         return Verified(vm, point, total, problems)
 
     def commit_time(self, vm: str) -> str:
@@ -246,17 +257,30 @@ class Repository:
         return commit_time(dt.datetime.now(dt.UTC).isoformat(), self.load(vm).points)
 
     def points_of(self, vm: str | None, point: str | None) -> list[tuple[str, str]]:
-        """(VM, point) of all that match, damaged ones included. Raises Refused where nothing does."""
+        """(VM, point) of all that match, damaged ones included, a base before what builds on it; of one point
+        its whole chain. Raises Refused where nothing does."""
         found = []
         for name in self.vms() if vm is None else [vm]:
             loaded = self.load(name)
-            ordered = [manifest.point for manifest in by_commit(loaded.points.values())]
-            found += [(name, p) for p in [*ordered, *sorted(loaded.damaged)] if point in (None, p)]
+            if point is None:
+                ordered = [manifest.point for manifest in by_commit(loaded.points.values())]
+                found += [(name, p) for p in [*ordered, *sorted(loaded.damaged)]]
+            elif is_restorable(loaded.points, point):
+                found += [(name, link.point) for link in reversed(chain_of(loaded.points, point))]
+            elif point in loaded.points or point in loaded.damaged:
+                found.append((name, point))
         if not found and vm is not None:
             raise Refused(
                 f"the target has no point {point} of {vm}" if point else f"the target has no VM {vm}"
             )
         return found
+
+    def data_bytes(self, points: Iterable[tuple[str, str]]) -> int:
+        """How many bytes of disks these (VM, point) hold themselves, as far as manifests can be read."""
+        wanted = set(points)
+        loaded = {vm: self.load(vm).points for vm in {vm for vm, _ in wanted}}
+        good = [loaded[vm][point] for vm, point in wanted if point in loaded[vm]]
+        return sum(disk.data_bytes for manifest in good for disk in manifest.disks)
 
     def synthesize(self, vm: str, point: str, poll: Poll) -> SynthesizeReport:
         """Make a point a full of its own. The new files are verified before they take the old ones' place.
@@ -274,6 +298,8 @@ class Repository:
         if temporary.exists():
             self._files.sync_directory(directory)
             self._files.remove_tree(temporary)
+        begin(poll, "synthesize", point, None)
+        copied = 0
         with self.open(vm, point) as opened:
             header, frames = full_of(opened)
             encoder = StreamEncoder(header)
@@ -288,6 +314,9 @@ class Repository:
                     packed = encoder.frame(FrameKind.DATA, disk, offset, len(data), data)
                     frame = FrameHeader(FrameKind.DATA, disk, number, offset, len(data), packed[-32:])
                     incoming.frame(Frame(frame, data))
+                    count(poll, len(data))
+                    copied += len(data)
+                begin(poll, "verify", point, copied)
                 new = incoming.commit(
                     encoder.summary(),
                     source_digest=manifest.source_digest,
@@ -316,18 +345,32 @@ class Repository:
         loaded = self.load(vm)
         if not loaded.points and not loaded.damaged:
             raise Refused(f"the target has no VM {vm}")
-        plan = plan_prune(loaded.points, keep, self.unfinished_points(vm))
+        plan = plan_prune(loaded.points, keep, self.unfinished_points(vm), self._bases_of(vm, loaded.damaged))
         sizes = [disk.file.size for point in plan.remove for disk in loaded.points[point].disks]
         if plan.remove and not dry_run:
             for point in plan.synthesize:
-                self.synthesize(vm, point, poll)
+                self._make_full(vm, point, poll)
             self._check_kept(vm, plan.wanted, poll)
             for point in plan.remove:
+                begin(poll, "remove", point, None)
                 poll()
                 self._remove(vm, point)
         broken = [point for point in plan.keep if point not in plan.wanted]
         damaged = sorted([p for p in broken if not is_restorable(loaded.points, p)] + [*loaded.damaged])
         return PruneReport(vm, plan.keep, plan.synthesize, plan.remove, sum(sizes), damaged, plan.verdicts)
+
+    def _make_full(self, vm: str, point: str, poll: Poll) -> None:
+        try:
+            self.synthesize(vm, point, poll)
+        except Damaged as error:
+            raise _prune_stopped(vm, str(error)) from error
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise Refused(
+                f"there is no room to make a full of {vm}/{point}; nothing was removed: make room, or keep"
+                " more points, so that what it builds on stays"
+            ) from error
 
     def _check_kept(self, vm: str, wanted: list[str], poll: Poll) -> None:
         """Every file of what is to be kept is still what was committed, down to the last bit. Raises Damaged.
@@ -338,12 +381,21 @@ class Repository:
         loaded = self.load(vm)
         needed = {link.point for point in wanted for link in chain_of(loaded.points, point)}
         for point in sorted(needed):
-            _, problems = check_files(self._directory(vm) / point, loaded.points[point], poll)
+            manifest = loaded.points[point]
+            files = (manifest.config, manifest.index, *(disk.file for disk in manifest.disks))
+            begin(poll, "check", point, sum(file.size for file in files))
+            _, problems = check_files(self._directory(vm) / point, manifest, poll)
             if problems:
-                raise Damaged(
-                    f"{problems[0]}; nothing was removed: an older point may be what is left of it"
-                    f" (diskctl target verify {vm} tells more)"
-                )
+                raise _prune_stopped(vm, problems[0])
+
+    def _bases_of(self, vm: str, points: Iterable[str]) -> dict[str, str | None]:
+        """What points without a good manifest build on, as far as their indexes tell."""
+        found: dict[str, str | None] = {}
+        for point in points:
+            found[point] = None
+            with contextlib.suppress(OSError, StreamError):
+                found[point] = index_header(self._directory(vm) / point / INDEX).base
+        return found
 
     def _remove(self, vm: str, point: str) -> None:
         """Readers that have its files open go on with them."""
@@ -360,6 +412,13 @@ class Repository:
         if not NAME_PATTERN.fullmatch(vm):
             raise Refused(f"{vm[:80]!r} is not a VM's name")
         return self.root / vm
+
+
+def _prune_stopped(vm: str, problem: str) -> Damaged:
+    return Damaged(
+        f"{problem}; nothing was removed: an older point may be what is left of it (diskctl target verify"
+        f" {vm} tells more)"
+    )
 
 
 def _may_go_on(path: Path, now: float) -> bool:

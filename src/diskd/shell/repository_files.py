@@ -9,7 +9,6 @@ import fcntl
 import os
 import shutil
 import struct
-from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -17,6 +16,7 @@ from blake3 import blake3
 
 from daemonkit.durable import sync_directory, write_all
 from diskd.errors import Refused
+from diskd.shell.work import Poll, count
 
 _AT_FDCWD: Final = -100
 _RENAME_EXCHANGE: Final = 2
@@ -36,7 +36,7 @@ class RepositoryFiles:
     def make_directory(self, path: Path) -> None:
         """Durable in its parent."""
         path.mkdir()
-        sync_directory(path.parent)
+        self.sync_directory(path.parent)
 
     def create(self, path: Path) -> int:
         """A descriptor of a new, empty file."""
@@ -113,21 +113,22 @@ class RepositoryFiles:
     def retire(self, point: Path, temporary: Path) -> None:
         """The point loses its name, atomically and durably."""
         os.rename(point, temporary)
-        sync_directory(point.parent)
+        self.sync_directory(point.parent)
 
     def remove_tree(self, path: Path) -> None:
         """Remove a directory that nothing names any more."""
         shutil.rmtree(path)
-        sync_directory(path.parent)
+        self.sync_directory(path.parent)
 
 
-def digest_file(path: Path, poll: Callable[[], None]) -> tuple[int, str]:
+def digest_file(path: Path, poll: Poll) -> tuple[int, str]:
     """(size, BLAKE3 in hex) of a file's bytes; ``poll`` is called about once a megabyte and may raise."""
     digest, size = blake3(), 0
     buffer = bytearray(_READ_BYTES)
     with path.open("rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            digest.update(memoryview(buffer)[:count])
-            size += count
+        while taken := file.readinto(buffer):
+            digest.update(memoryview(buffer)[:taken])
+            size += taken
+            count(poll, taken)
             poll()
     return size, digest.hexdigest()

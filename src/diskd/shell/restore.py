@@ -34,6 +34,7 @@ Progress = Callable[[int], None]
 
 CONTACT_SECONDS_MAX: Final = 10.0
 SILENCE_SECONDS_MAX: Final = 120.0
+PROGRESS_SECONDS: Final = 0.5
 _MARK: Final = "user.holdfast.point"
 _RECEIVE_BYTES: Final = 1 << 20
 
@@ -183,22 +184,40 @@ async def restore_point(
 ) -> Restored:
     """Fetch a point and write its files. Raises OperatorError, OSError; then nothing is left behind."""
     async with point_stream(target, point, key) as stream:
-        decoder = StreamDecoder()
-        header = await next_event(decoder, stream)
-        if not isinstance(header, ExportHeader) or (header.vm, header.point) != (point.vm, point.point):
-            raise StreamError("the target sent something else than was asked for")
-        files = await trio.to_thread.run_sync(RestoreFiles, directory, header, disk_format)
         try:
-            done = 0
-            while isinstance(event := await next_event(decoder, stream), Frame):
-                await trio.to_thread.run_sync(files.frame, event)
-                done += len(event.data)
+            return await _restore(stream, point, directory, disk_format, on_progress)
+        except StreamError as error:
+            raise OperatorError(
+                f"{error}; nothing was restored: try again, and see whether the target's copy is good"
+                f" (diskctl target verify {point.vm})"
+            ) from error
+
+
+async def _restore(
+    stream: trio.abc.Stream,
+    point: calls.PointName,
+    directory: Path,
+    disk_format: DiskFormat,
+    on_progress: Progress,
+) -> Restored:
+    decoder = StreamDecoder()
+    header = await next_event(decoder, stream)
+    if not isinstance(header, ExportHeader) or (header.vm, header.point) != (point.vm, point.point):
+        raise StreamError("the target sent something else than was asked for")
+    files = await trio.to_thread.run_sync(RestoreFiles, directory, header, disk_format)
+    try:
+        done, told = 0, float("-inf")
+        while isinstance(event := await next_event(decoder, stream), Frame):
+            await trio.to_thread.run_sync(files.frame, event)
+            done += len(event.data)
+            if trio.current_time() >= told + PROGRESS_SECONDS:
+                told = trio.current_time()
                 on_progress(done)
-            if not isinstance(event, Trailer):
-                raise StreamError("the stream has two headers")
-            return await trio.to_thread.run_sync(files.publish, event)
-        finally:
-            files.discard()
+        if not isinstance(event, Trailer):
+            raise StreamError("the stream has two headers")
+        return await trio.to_thread.run_sync(files.publish, event)
+    finally:
+        files.discard()
 
 
 @asynccontextmanager

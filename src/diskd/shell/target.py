@@ -16,9 +16,10 @@ settles (B3): after the answer it is committed, or never will be.
 """
 
 import contextlib
+import errno
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -37,33 +38,31 @@ from diskd.core.stream import (
     Ack,
     Committed,
     ExportHeader,
-    FrameKind,
     Have,
     Ready,
     RefusedReply,
     Reply,
     SourceLost,
-    StreamEncoder,
     StreamError,
     Trailer,
-    abort,
 )
-from diskd.errors import Refused
+from diskd.errors import Damaged, Refused
 from diskd.shell.bulk import BulkSocket
 from diskd.shell.chain_view import OpenPoint
 from diskd.shell.incoming import Incoming, Uncertain
 from diskd.shell.nbd_server import NbdServer
 from diskd.shell.point_audit import answer_audit
 from diskd.shell.point_export import PointCatalog
+from diskd.shell.point_restore import send_point
 from diskd.shell.receiving import (
-    SEND_SECONDS_MAX,
     FrameReceiver,
     Source,
     receive_frames,
     send_reply,
     signs_of_life,
 )
-from diskd.shell.repository import Repository, full_of, open_repository
+from diskd.shell.repository import Gone, Repository, open_repository
+from diskd.shell.work import Work
 
 T = TypeVar("T")
 
@@ -78,6 +77,7 @@ IDLE_SECONDS_MAX: Final = 120.0
 HEADER_SECONDS_MAX: Final = 30.0
 # So much of a broken export is sent twice at most, besides what the last sync took.
 DURABLE_SECONDS: Final = 2.0
+PROGRESS_SECONDS: Final = 0.5
 SWEEP_SECONDS: Final = 3600.0
 CLEAN_UP_SECONDS_MAX: Final = 60.0
 _RECEIVE_BYTES: Final = 1 << 20
@@ -133,7 +133,9 @@ def reason_of(error: BaseException) -> str:
     """One line for the other side."""
     if isinstance(error, OSError):
         where = f"{Path(str(error.filename)).name}: " if error.filename else ""
-        return f"{where}{error.strerror or error}"
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "; make room at the target (diskctl target prune), then try again" if is_full else ""
+        return f"{where}{error.strerror or error}{remedy}"
     return str(error) or type(error).__name__
 
 
@@ -218,25 +220,30 @@ class Target:
 
     async def _verify(self, request: calls.PointFilter, call: Call) -> calls.VerifyReport:
         wanted = await self._thread(self._repository.points_of, request.vm, request.point)
-        verified = []
-        async with self._reading:
-            for done, (vm, point) in enumerate(wanted):
-                await call.progress({"vm": vm, "point": point, "done": done, "total": len(wanted)})
-                verified.append(await self._thread(self._repository.verify, vm, point, poll_cancelled))
+        total = await self._thread(self._repository.data_bytes, wanted)
+        verified: list[calls.Verified] = []
+        async with self._reading, self._told(call, request.vm, "verify", total) as work:
+            for vm, point in wanted:
+                work.vm, work.point = vm, point
+                damaged = [found.point for found in verified if found.vm == vm and found.problems]
+                verify = partial(self._repository.verify, vm, point, work, damaged=damaged)
+                with contextlib.suppress(Gone):  # Pruned meanwhile: nothing that anybody would restore.
+                    verified.append(await self._thread(verify))
         return calls.VerifyReport(verified)
 
     async def _synthesize(self, request: calls.PointName, call: Call) -> calls.SynthesizeReport:
-        await call.progress({"vm": request.vm, "point": request.point})
         self._refuse_written(request.vm, "synthesize")
-        async with self._turn(request.vm, request.point):
-            report = await self._thread(
-                self._repository.synthesize, request.vm, request.point, poll_cancelled
-            )
+        async with self._turn(request.vm, request.point), self._told(call, request.vm, "synthesize") as work:
+            try:
+                report = await self._thread(self._repository.synthesize, request.vm, request.point, work)
+            except Damaged as error:
+                raise Damaged(f"{error}; take a full backup (diskctl backup --full)") from error
+            except OSError as error:
+                raise Refused(reason_of(error)) from error
         log.info("point.synthesized", vm=report.vm, point=report.point, was=report.was)
         return report
 
     async def _prune(self, request: calls.PruneRequest, call: Call) -> calls.PruneReport:
-        await call.progress({"vm": request.vm, "step": "prune"})
         prune = partial(self._repository.prune, request.vm, request.keep, dry_run=request.dry_run)
         if request.dry_run:
             return await self._thread(prune, poll_cancelled)
@@ -246,8 +253,26 @@ class Target:
                 f"{request.vm} is being restored, served or audited ({readers} times);"
                 " prune again when that has ended"
             )
-        async with self._turn(request.vm, "prune"):
-            return await self._thread(prune, poll_cancelled)
+        async with self._turn(request.vm, "prune"), self._told(call, request.vm, "prune") as work:
+            return await self._thread(prune, work)
+
+    @asynccontextmanager
+    async def _told(
+        self, call: Call, vm: str | None, step: str, total_bytes: int | None = None
+    ) -> AsyncIterator[Work]:
+        """What a long job counts itself with; its caller is told now and then."""
+        work = Work(poll_cancelled, vm, step, total_bytes=total_bytes)
+
+        async def tell() -> None:
+            while True:
+                await trio.sleep(PROGRESS_SECONDS)
+                await call.progress(work.report())
+
+        await call.progress(work.report())
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(tell)
+            yield work
+            nursery.cancel_scope.cancel(reason="done")
 
     def _refuse_written(self, vm: str, verb: str) -> None:
         if (receiving := self._receiving.get(vm)) is not None:
@@ -402,16 +427,9 @@ class Target:
     # --- restores ----------------------------------------------------------------------------------
 
     async def _restore(self, params: calls.PointName, peer: str, stream: trio.abc.Stream) -> None:
-        try:
-            async with self._reading:
-                await self._send_point(params, stream)
-        except (HoldfastError, OSError) as error:
-            if isinstance(error, trio.BrokenResourceError):
-                raise
-            log.warning("restore.failed", peer=peer, vm=params.vm, point=params.point, reason=str(error))
-            with contextlib.suppress(trio.BrokenResourceError, OSError), trio.move_on_after(SEND_SECONDS_MAX):
-                await stream.send_all(abort(reason_of(error)))
-                await stream.aclose()
+        opening = self._opened(params.vm, params.point)
+        async with self._reading:
+            await send_point(opening, params, stream, self._thread, peer=peer, reason_of=reason_of)
 
     @asynccontextmanager
     async def _opened(self, vm: str, point: str) -> AsyncIterator[OpenPoint]:
@@ -428,16 +446,6 @@ class Target:
         finally:
             self._readers[vm] -= 1
 
-    async def _send_point(self, params: calls.PointName, stream: trio.abc.Stream) -> None:
-        """The point as a full export; every byte is verified on its way from the file (B4)."""
-        async with self._opened(params.vm, params.point) as opened:
-            header, frames = full_of(opened)
-            encoder = StreamEncoder(header)
-            await _send_bytes(stream, encoder.opening)
-            while part := await self._thread(_next_part, encoder, frames):
-                await _send_bytes(stream, part)
-            await _send_bytes(stream, encoder.finish())
-
     async def _audit(self, params: calls.PointName, _peer: str, stream: trio.abc.Stream) -> None:
         async with self._reading:
             await answer_audit(self._opened(params.vm, params.point), stream, self._thread)
@@ -453,24 +461,6 @@ class Target:
                 exports = {disk.name: f"nbd://{address}/{disk.name}" for disk in opened.manifest.disks}
                 await call.progress({"nbd": str(address), "exports": exports})
                 await trio.sleep_forever()
-
-
-def _next_part(encoder: StreamEncoder, frames: Iterator[tuple[int, int, bytes]]) -> bytes:
-    """Some frames with their data; empty at the end."""
-    parts: list[bytes] = []
-    size = 0
-    for disk, offset, data in frames:
-        parts += [encoder.frame(FrameKind.DATA, disk, offset, len(data), data), data]
-        size += len(data)
-        if size >= _RECEIVE_BYTES:
-            break
-    return b"".join(parts)
-
-
-async def _send_bytes(stream: trio.abc.Stream, data: bytes) -> None:
-    # A restore may wait for its reader's disk, so the limit is that of a peer which is gone.
-    with trio.fail_after(IDLE_SECONDS_MAX):
-        await stream.send_all(data)
 
 
 async def run_target(

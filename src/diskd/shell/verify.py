@@ -7,7 +7,7 @@ before a commit whether the new point may be shown at all.
 """
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,13 +18,12 @@ from diskd.core.stream import FrameKind
 from diskd.errors import Damaged, Refused
 from diskd.shell.chain_view import ChainView, open_point
 from diskd.shell.repository_files import digest_file
+from diskd.shell.work import Poll, count
 
 # What is wrong is named place by place, but a ruined disk does not need a million lines.
 PROBLEMS_MAX = 20
 _ZERO_PORTION = 1 * GiB
 _FILL_PORTION = 1 * MiB
-
-Poll = Callable[[], None]
 
 
 class Stop:
@@ -129,6 +128,7 @@ class _DiskChecker:
                     self._view.frame_data(number)
                 except Damaged as error:
                     self._add(str(error))
+                count(self._poll, frame.length)
             else:
                 self._check_zero(frame.offset, frame.end)
         return total

@@ -1,4 +1,4 @@
-"""`make bench` part `differential`: the same changes on images of very different sizes.
+"""A step of `make bench`: the same changes on images of very different sizes.
 
 A differential has to cost what changed, not what the image measures. For each size: a new sparse image, a
 full backup (of nothing but holes), then fio writes the same number of random blocks over NBD, then one
@@ -22,8 +22,8 @@ from rich.console import Console
 from rich.table import Table
 
 from daemonkit.cli import SIZE, run_main
-from daemonkit.errors import OperatorError
-from daemonkit.units import GiB, KiB, MiB, TiB, format_size
+from daemonkit.errors import OperatorError, UsageError
+from daemonkit.units import GiB, KiB, TiB, format_size
 from holdfast.bench.export import BINARIES, daemon
 from holdfast.bench.servers import BenchFailed
 
@@ -52,8 +52,12 @@ class Measured:
     source_memory_bytes: int
 
 
-WORKLOADS = (Workload(64 * KiB, GiB), Workload(4 * KiB, 128 * MiB))
 SIZES = (16 * GiB, 128 * GiB, TiB)
+
+
+def workloads(changes_bytes: int) -> tuple[Workload, ...]:
+    """Large blocks, and an eighth as much in small ones."""
+    return Workload(64 * KiB, changes_bytes), Workload(4 * KiB, changes_bytes // 8)
 
 
 def run(*argv: str) -> str:
@@ -160,17 +164,21 @@ def render(rows: list[Measured]) -> Table:
 @click.option(
     "--size", "sizes", multiple=True, type=SIZE, help="Of the image; repeatable. [16GiB 128GiB 1TiB]"
 )
+@click.option("--changes", "changes_bytes", type=SIZE, default="1GiB", show_default=True,
+              help="In blocks of 64 KiB; an eighth of it in blocks of 4 KiB.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="One JSON document instead of a table.")
-def main(sizes: tuple[int, ...], as_json: bool) -> None:
+def main(sizes: tuple[int, ...], changes_bytes: int, as_json: bool) -> None:
     """Measure a differential of the same scattered changes (1 GiB in 64 KiB, 128 MiB in 4 KiB) by image size.
 
-    Needs fio with its nbd engine, and about 5 GiB free in TMPDIR.
+    Needs fio with its nbd engine, and about five times --changes free in TMPDIR.
     """
+    if changes_bytes % (512 * KiB):
+        raise UsageError("--changes is a multiple of 512KiB")
     if shutil.which("fio") is None:
         raise OperatorError("this needs fio (Debian: apt install fio)")
     rows = []
     try:
-        for workload in WORKLOADS:
+        for workload in workloads(changes_bytes):
             for size_bytes in sizes or SIZES:
                 with tempfile.TemporaryDirectory(prefix="holdfast-differential-") as name:
                     rows.append(measure_one(Path(name), size_bytes, workload))

@@ -16,6 +16,7 @@ START_SECONDS_MAX: Final = 60.0
 STOP_SECONDS_MAX: Final = 60.0
 DIE_SECONDS_MAX: Final = 10.0
 DISKD: Final = ("-c", "from diskd.cli.daemon import main; main()")
+DISKCTL: Final = (sys.executable, "-c", "from diskd.cli.ctl import main; main()")
 
 
 class DaemonProcess:

@@ -2,9 +2,7 @@
 
 import contextlib
 import secrets
-import shutil
 import socket
-import subprocess
 from pathlib import Path
 from random import Random
 from typing import Final, TypeVar
@@ -18,6 +16,7 @@ from holdfast.crash import power
 from holdfast.crash.journal import Place
 from holdfast.crash.oracle import Violation
 from holdfast.crash.process import DISKD, DaemonProcess
+from holdfast.crash.small_disk import SmallDisk
 from holdfast.lab.links import LINKS_HEAL, LINKS_RESET, LINKS_SET, LinkChange, LinkNames, both_ways
 from holdfast.lab.proxy import LinkProxies, ProxyConfig, Route
 
@@ -36,18 +35,16 @@ class Target:
 
     def __init__(self, directory: Path, *, can_lose_power: bool) -> None:
         self.can_lose_power = can_lose_power
-        self._disk = directory / "target"
-        self.root = self._disk / "repository"
+        place = directory / "target"
+        self.root = place / "repository"
         self._process = DaemonProcess(directory / "target.log")
-        self._filler = self._disk / "filler"
         self._address = _free_address()
         self.link = _free_address()  # as diskd knows it
         self._control: Address | None = None
-        self._disk.mkdir()
-        mount = ["mount", "-t", "tmpfs", "-o", _SMALL, "tmpfs", str(self._disk)]
-        self.is_small = subprocess.run(mount, capture_output=True, check=False).returncode == 0
+        place.mkdir()
+        self.disk = SmallDisk(place, _SMALL)
         self.root.mkdir()
-        self._place = Place(directory / "target-power", self._disk / "power")
+        self._place = Place(directory / "target-power", place / "power")
         self._place.make()
 
     @property
@@ -76,8 +73,7 @@ class Target:
     async def close(self) -> None:
         """Whatever happened."""
         await self._process.close()
-        if self.is_small:
-            await trio.run_process(["umount", "--lazy", str(self._disk)])
+        await self.disk.close()
 
     async def call(self, method: Method[P, R], params: P) -> R:
         """Past the link. Raises CallRefused, or CallFailed where the target is gone."""
@@ -108,27 +104,20 @@ class Target:
         assert self._control is not None
         await call_once(self._control, method, params, seconds_max=CALL_SECONDS_MAX)
 
-    def fill(self, room_bytes: int) -> None:
-        """All but so many bytes of the file system."""
-        free = shutil.disk_usage(self._disk).free
-        with self._filler.open("wb") as file, contextlib.suppress(OSError):
-            file.truncate(0)
-            left = free - room_bytes
-            while left > 0:
-                left -= file.write(bytes(min(left, 1 << 20)))
-
-    def empty(self) -> None:
-        self._filler.unlink(missing_ok=True)
-
     # --- what stock tools say
 
     async def content(self, point: str, disk: str) -> bytes:
         """A disk of a point, read by qemu-img, once that finds the file clean."""
         path = self.root / VM / point / f"{disk}.qcow2"
-        await run("qemu-img", "check", "-q", "-U", str(path))
+        return await self.convert(path, "qcow2")
+
+    async def convert(self, path: Path, disk_format: str) -> bytes:
+        """What qemu-img reads from a disk's file, once it finds a qcow2 file clean."""
+        if disk_format == "qcow2":
+            await run("qemu-img", "check", "-q", "-U", str(path))
         out = self.root.parent.parent / "converted.raw"
         try:
-            await run("qemu-img", "convert", "-U", "-f", "qcow2", "-O", "raw", str(path), str(out))
+            await run("qemu-img", "convert", "-U", "-f", disk_format, "-O", "raw", str(path), str(out))
             return out.read_bytes()
         finally:
             out.unlink(missing_ok=True)

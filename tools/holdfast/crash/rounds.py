@@ -1,14 +1,15 @@
 """Seeded rounds of backups under load, disturbed: what is committed must be restorable, whatever happened.
 
-In each round guests write (qemu-io among them) while one thing is done: a backup, a prune, a synthetic full,
-a resize, a point deleted, a restart. Often something goes wrong at a random moment: the link is cut or reset,
-the target, diskd or whoever asked is killed, the target's disk is full or its power fails. Then all is
-mended and checked:
+In each round guests write (qemu-io among them) while one thing is done: a backup (some are tried again, or
+gone on with later), a prune, a synthetic full, a restore, an audit, a resize, a point deleted, a restart.
+Often something goes wrong at a random moment: the link is cut or reset, the target, diskd or whoever asked is
+killed, the disk of either is full, the target's power fails. Then all is mended and checked:
 
     every point that was committed and not pruned is there, clean to qemu-img, and holds what it held
     a new one is the image at one instant while its backup ran, on all disks (B1)
     an undisturbed backup succeeds, and is a differential wherever both sides have a point in common (B3)
-    the images themselves hold what was acknowledged (B2: the guests never notice)
+    a restore is what its point holds, or nothing; an audit finds no difference
+    the images themselves hold what was acknowledged (B2: the guests never notice, but for a full disk)
 
 In the end nothing is left over on either side.
 """
@@ -25,8 +26,9 @@ import numpy as np
 import trio
 
 from daemonkit.diskd_api import BACKUP_RUN, BackupDisk, BackupReport, BackupRequest, ImageName
+from daemonkit.ports import Address
 from daemonkit.rpc import CallFailed, CallRefused
-from daemonkit.units import MiB
+from daemonkit.units import SECOND, MiB
 from diskd.core import calls, target_calls
 from diskd.core.retention import Keep
 from holdfast.crash.client import connect
@@ -34,15 +36,22 @@ from holdfast.crash.journal import SECTOR
 from holdfast.crash.load import BUSY, Guests, free_range
 from holdfast.crash.machine import Machine, machine
 from holdfast.crash.oracle import BLOCK, Clock, Image, Numbers, Point, Violation, check_instant
+from holdfast.crash.process import DISKCTL
 from holdfast.crash.repository import VM, Target
+from holdfast.crash.small_disk import SmallDisk
 
 R = TypeVar("R")
 
 _SIZES: Final = (2 * MiB, 9 * MiB)
 _SIZE_MAX: Final = 24 * MiB
 _SETTINGS: Final = ("merge_batch=64KiB", "tracking_flush_interval=1s")
-_FAULTS: Final = ("cut", "reset", "target", "target", "diskd", "client", "full")
-_ACTIONS: Final = ("backup",) * 5 + ("full", "prune", "synthesize", "grow", "delete", "restart")
+_FAULTS: Final = ("cut", "reset", "target", "target", "diskd", "client", "full", "source full")
+_ACTIONS: Final = (
+    *("backup",) * 5,
+    *("full", "resume", "prune", "synthesize", "restore", "audit", "grow", "delete", "restart"),
+)
+_RETRY_SECONDS: Final = 2
+_SOURCE_DISK: Final = "size=256m"
 
 
 @attrs.define(eq=False)
@@ -55,19 +64,24 @@ class Attempt:
 class Rounds:
     """``told`` counts what happened."""
 
-    def __init__(self, seed: int, machine: Machine, target: Target, *, may_overflow: bool) -> None:
+    def __init__(
+        self, seed: int, machine: Machine, target: Target, source_disk: SmallDisk, *, may_overflow: bool
+    ) -> None:
         self.told: Counter[str] = Counter()
         self._seed = seed
         self._rng = Random(seed)
         self._machine = machine
         self._target = target
+        self._source_disk = source_disk
         self._clock = Clock()
         self._images: list[Image] = []
         self._guests = Guests(machine, BUSY)
         self._attempts: list[Attempt] = []
         self._committed: dict[str, dict[str, Numbers]] = {}
         self._may_overflow = may_overflow  # the guests may write more than an AVHD takes: B2
+        self._may_go: set[str] = set()  # what a prune of this round may have removed
         self._is_disturbed = False
+        self._is_interrupted = False
 
     async def tell(self, rounds: int) -> None:
         """Raises Violation."""
@@ -90,6 +104,9 @@ class Rounds:
     async def _round(self, number: int) -> None:
         rng = self._rng
         action = "backup" if number == 0 else rng.choice(_ACTIONS)
+        if self._is_interrupted and rng.random() < 0.6:
+            action = "resume"
+        self._is_interrupted = False
         fault = rng.choice(_FAULTS) if rng.random() < 0.5 else None
         self._is_disturbed = fault is not None or self._may_overflow
         guests = self._guests = Guests(self._machine, BUSY)
@@ -106,6 +123,8 @@ class Rounds:
                 if fault is not None:
                     nursery.start_soon(self._disturb, fault, rng.random(), asking)
                 await self._do(action, rng)
+            if asking.cancelled_caught:
+                self._is_interrupted = action in ("backup", "full")
             guests.end()
         self.told[action] += 1
         if fault is not None:
@@ -134,14 +153,21 @@ class Rounds:
             case "client":
                 asking.cancel(reason="whoever asked is killed")
             case "full":
-                if self._target.is_small:
-                    self._target.fill(int(moment * 300_000))
+                if self._target.disk.is_small:
+                    self._target.disk.fill(int(moment * 300_000))
+            case "source full":
+                if self._source_disk.is_small:
+                    self._guests.may_fail = True
+                    self._source_disk.fill(int(moment * 300_000))
 
     async def _do(self, action: str, rng: Random) -> None:
         """Failures are allowed where the round is disturbed, and only there."""
         acts: dict[str, Callable[[Random], Awaitable[None]]] = {
             "backup": self._backup,
             "full": self._backup_full,
+            "resume": self._resume,
+            "restore": self._restore,
+            "audit": self._audit,
             "prune": self._prune,
             "synthesize": self._synthesize,
             "grow": self._grow,
@@ -152,6 +178,7 @@ class Rounds:
             await acts[action](rng)
         except (CallRefused, CallFailed) as error:
             self.told["failed actions"] += 1
+            self._is_interrupted = action in ("backup", "full")
             if not self._is_disturbed:
                 raise Violation(f"{action}: {error} (nothing had been disturbed)") from error
 
@@ -179,11 +206,25 @@ class Rounds:
         if report.kind != "full":
             raise Violation(f"a {report.kind} where a full was asked for")
 
+    async def _resume(self, _rng: Random) -> None:
+        """Go on with whatever stands; most often nothing does."""
+        request = BackupRequest(VM, [], "", str(self._target.link), mode="resume")
+        try:
+            report = await self._machine.call(BACKUP_RUN, request)
+        except CallRefused as error:
+            if "no interrupted backup" not in str(error):
+                raise
+            return
+        if report.point not in self._committed:
+            await self._adopt(report.point, self._attempts)
+        self.told["resumed"] += 1
+
     async def _run_backup(self, mode: str) -> BackupReport:
         disks = [BackupDisk(image.name, image.name) for image in self._images]
         attempt = Attempt({image.name: image.ask_cut() for image in self._images})
         self._attempts.append(attempt)
-        request = BackupRequest(VM, disks, "", str(self._target.link), mode=mode)  # type: ignore[arg-type] # one of its modes
+        retry_for = self._rng.choice((0, _RETRY_SECONDS)) * SECOND
+        request = BackupRequest(VM, disks, "", str(self._target.link), mode=mode, retry_for_ns=retry_for)  # type: ignore[arg-type] # one of its modes
         report = await self._machine.call(BACKUP_RUN, request)
         self._answer(attempt)
         await self._adopt(report.point, [attempt])
@@ -199,6 +240,7 @@ class Rounds:
         request = target_calls.PruneRequest(VM, keep, dry_run=False)
         if not self._committed:
             return
+        self._may_go = set(list(await self._listed())[: -keep.last])
         report = await self._target.call(target_calls.PRUNE, request)
         if len(report.kept) != min(keep.last, len(self._committed)):
             raise Violation(f"prune kept {report.kept} of {sorted(self._committed)}, {keep.last} were due")
@@ -207,6 +249,47 @@ class Rounds:
         if self._committed:
             point = rng.choice(sorted(self._committed))
             await self._target.call(target_calls.SYNTHESIZE, target_calls.PointName(VM, point))
+
+    async def _restore(self, rng: Random) -> None:
+        if self._committed:
+            name = rng.choice(sorted(self._committed))
+            await self._restore_point(name, "raw" if rng.random() < 0.5 else "qcow2", self._target.link)
+
+    async def _restore_point(self, name: str, disk_format: str, address: Address) -> None:
+        """Whole and right, or nothing."""
+        directory = self._machine.directory / "restored"
+        to = ("--to", str(directory), "--format", disk_format, "--target", str(address))
+        try:
+            done = await trio.run_process(
+                [*DISKCTL, "target", "restore", VM, name, *to],
+                capture_stdout=True,
+                capture_stderr=True,
+                check=False,
+            )
+            if done.returncode == 0:
+                for image in self._images:
+                    file = directory / f"{image.name}.{disk_format}"
+                    self._check_content(name, image.name, await self._target.convert(file, disk_format))
+                self.told["restored"] += 1
+                return
+            left = [path.name for path in directory.glob("[!.]*")]
+            lines = done.stderr.decode().splitlines()
+            if done.returncode != 1 or left or len(lines) != 1:
+                raise Violation(f"restore: exit code {done.returncode}, {lines}, it left {left}")
+            raise CallFailed(lines[0])
+        finally:
+            shutil.rmtree(directory, ignore_errors=True)
+
+    async def _audit(self, _rng: Random) -> None:
+        """What is not known to have changed is what the target would restore."""
+        if not await self._common_points():
+            return
+        disks = [BackupDisk(image.name, image.name) for image in self._images]
+        request = target_calls.AuditRequest(VM, disks, str(self._target.link), None)
+        for audited in (await self._machine.call(target_calls.AUDIT_RUN, request)).disks:
+            if audited.differing_bytes:
+                raise Violation(f"the audit finds changes that nobody marked: {audited} (T2)")
+        self.told["audited"] += 1
 
     async def _grow(self, rng: Random) -> None:
         image = rng.choice(self._images)
@@ -260,18 +343,20 @@ class Rounds:
             capture_stderr=True,
             check=False,
         )
+        said = done.stdout.decode() + done.stderr.decode()
         if done.returncode == 0:
             for write in writes:
                 image.ack(write)
-        elif not self._guests.is_over:
-            raise Violation(f"qemu-io: {done.stdout.decode()[-500:]}{done.stderr.decode()[-500:]}")
+        elif not (self._guests.is_over or (self._guests.may_fail and "No space left" in said)):
+            raise Violation(f"qemu-io: {said[-1000:]}")
 
     # --- afterwards
 
     async def _mend(self) -> None:
         target, machine = self._target, self._machine
         await target.heal()
-        target.empty()
+        target.disk.empty()
+        self._source_disk.empty()
         if not target.is_running:
             await target.start()
         if not machine.is_running:
@@ -308,8 +393,11 @@ class Rounds:
                 await self._adopt(name, self._attempts)
                 self.told["committed, answer lost"] += 1
         for name in sorted(set(self._committed) - set(listed)):
-            del self._committed[name]  # pruned: what must stay is checked where it is asked for
-            self.told["gone"] += 1
+            if name not in self._may_go:
+                raise Violation(f"{name} was committed, and is gone (B5)")
+            del self._committed[name]
+            self.told["pruned"] += 1
+        self._may_go = set()
         if self._committed:
             await self._verify(self._rng.choice(sorted(self._committed)))
 
@@ -339,17 +427,21 @@ class Rounds:
 
     async def _verify(self, name: str) -> None:
         """It holds what it held."""
-        for image, content in self._committed[name].items():
-            found = np.frombuffer(await self._target.content(name, image), np.uint64)[:: SECTOR // 8]
-            if not np.array_equal(found, content):
-                raise Violation(f"{name} {image} is not what it was (B5)")
+        for image in self._committed[name]:
+            self._check_content(name, image, await self._target.content(name, image))
+
+    def _check_content(self, name: str, image: str, data: bytes) -> None:
+        found = np.frombuffer(data, np.uint64)[:: SECTOR // 8]
+        if not np.array_equal(found, self._committed[name][image]):
+            raise Violation(f"{name} {image} is not what it was (B5)")
 
     async def _end(self) -> None:
         """One more backup, everything verified, nothing left over."""
         self._is_disturbed = False
         await self._backup(self._rng)
-        for name in sorted(self._committed):
+        for number, name in enumerate(sorted(self._committed)):
             await self._verify(name)
+            await self._restore_point(name, "qcow2" if number % 2 else "raw", self._target.link)
         everything = target_calls.PointFilter(None, None)
         for verified in (await self._target.call(target_calls.VERIFY, everything)).points:
             if verified.problems:
@@ -377,14 +469,17 @@ async def play(seed: int, rounds: int) -> Counter[str]:
     may_overflow = rng.random() < 0.25
     settings = (*_SETTINGS, "avhd_limit=1MiB") if may_overflow else _SETTINGS
     async with machine(rng, can_lose_power=False, settings=settings) as made:
+        source_disk = SmallDisk(made.root, _SOURCE_DISK)
         target = Target(made.directory, can_lose_power=rng.random() < 0.5)
         try:
             async with trio.open_nursery() as nursery:
                 await nursery.start(target.serve_link)
-                story = Rounds(seed, made, target, may_overflow=may_overflow)
+                story = Rounds(seed, made, target, source_disk, may_overflow=may_overflow)
                 await story.tell(rounds)
                 nursery.cancel_scope.cancel(reason="told")
         finally:
             with trio.CancelScope(shield=True):
                 await target.close()
+                await made.close()
+                await source_disk.close()
         return story.told
