@@ -486,8 +486,7 @@ class Image:
         return [(area.bits[:], pages) for area, pages in used], over
 
     def _report(self, span: Span, active: list[_Used], over: int) -> ChangeReport:
-        page_bytes = self.identity.geometry.page_bytes
-        generation = self.tracker.generation
+        page_bytes, generation = self.identity.geometry.page_bytes, self.tracker.generation
         found = [
             read_interval_blocking(self.directory, self.identity, generation, segment)
             for segment in span.segments

@@ -75,16 +75,18 @@ class Guests:
                         self.acks += 1
                         self.wake()
                         requests -= 1
-        except (ConnectionLost, RequestFailed) as lost:
-            if not self.is_over and await self._machine.has_died_by_itself():
-                self.end()
-                return
-            # Sent home by a daemon that stops: what was in flight may or may not have been done.
-            if self.may_fail and isinstance(lost, RequestFailed) and lost.number == ENOSPC:
-                return
-            sent_home = isinstance(lost, ConnectionLost) or lost.number == ESHUTDOWN
-            if not (self.is_over and sent_home):
-                raise Violation(f"{image.name}: {lost}: {self._machine.log()}") from lost
+            return
+        except (ConnectionLost, RequestFailed) as error:
+            lost = error
+        if not self.is_over and await self._machine.has_died_by_itself():
+            self.end()
+            return
+        # Sent home by a daemon that stops: what was in flight may or may not have been done.
+        if self.may_fail and isinstance(lost, RequestFailed) and lost.number == ENOSPC:
+            return
+        sent_home = isinstance(lost, ConnectionLost) or lost.number == ESHUTDOWN
+        if not (self.is_over and sent_home):
+            raise Violation(f"{image.name}: {lost}: {self._machine.log()}") from lost
 
     async def _request(self, image: Image, client: Client, rng: Random) -> None:
         kind = rng.choice(self._kinds)
