@@ -11,9 +11,10 @@ from diskd.core.ports import Allocation, Device, Export, InPlace
 _WITH_PAYLOAD: Final = (Command.READ, Command.WRITE)
 # As objects of this process, until they are bytes on the wire.
 _DESCRIPTOR_BYTES: Final = 64
+_STATUS_BYTES: Final = wire.DESCRIPTORS_MAX * _DESCRIPTOR_BYTES
+# The first look for one extent, and by how much each further one is larger: six cover a request of 4 GiB.
 _FIRST_STEP_BYTES: Final = 256 << 10
 _STEP_GROWTH: Final = 8
-_STATUS_BYTES: Final = wire.DESCRIPTORS_MAX * _DESCRIPTOR_BYTES
 
 
 @runtime_checkable
