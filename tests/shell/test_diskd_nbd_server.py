@@ -370,3 +370,34 @@ async def test_a_request_that_waits_for_room_gets_it_also_behind_a_slow_reader()
         await trio.testing.wait_all_tasks_blocked()
         await wire.exactly(size - MiB)
         assert (await wire.simple(length=size))[:2] == (3, 0)
+
+
+class Counting(MemoryDevice):
+    """Counts the runs that it was made to find."""
+
+    runs = 0
+
+    async def allocation(self, offset: int, length: int) -> list[Allocation]:
+        found = await super().allocation(offset, length)
+        self.runs += len(found)
+        return found
+
+
+async def test_one_extent_at_a_time_costs_no_more_than_there_are() -> None:
+    """As qemu asks (REQ_ONE): each answer looks no farther than it must, on a fragmented disk."""
+    device = Counting(128 * MiB)
+    for index in range(500):
+        device.write_nowait(index * 131072, b"x" * 65536)
+    async with serving(device) as harness:
+        wire = await harness.open(structured=True, queries=("base:allocation",))
+        position, states = 0, []
+        while position < 128 * MiB:
+            rest = 128 * MiB - position
+            await wire.stream.send_all(
+                client.request(client.BLOCK_STATUS, position, rest, flags=client.REQ_ONE)
+            )
+            _, length, state = struct.unpack(">3I", (await wire.chunk())[3])
+            states.append((length, state))
+            position += length
+        assert states == [(65536, 0), (65536, 3)] * 499 + [(65536, 0), (128 * MiB - 999 * 65536, 3)]
+        assert device.runs < 10 * len(states)

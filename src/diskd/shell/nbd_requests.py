@@ -6,12 +6,15 @@ from diskd.core import nbd_wire as wire
 from diskd.core.nbd_haggling import ExportFacts
 from diskd.core.nbd_session import Request, Session
 from diskd.core.nbd_wire import Command, Descriptor
-from diskd.core.ports import Export, InPlace
+from diskd.core.ports import Allocation, Device, Export, InPlace
 
 _WITH_PAYLOAD: Final = (Command.READ, Command.WRITE)
 # As objects of this process, until they are bytes on the wire.
 _DESCRIPTOR_BYTES: Final = 64
 _STATUS_BYTES: Final = wire.DESCRIPTORS_MAX * _DESCRIPTOR_BYTES
+# The first look for one extent, and by how much each further one is larger: six cover a request of 4 GiB.
+_FIRST_STEP_BYTES: Final = 256 << 10
+_STEP_GROWTH: Final = 8
 
 
 @runtime_checkable
@@ -76,7 +79,10 @@ async def _block_status(
     answers = []
     for context_id, name in contexts:
         if name == wire.BASE_ALLOCATION:
-            runs = await export.device.allocation(request.offset, request.length)
+            if request.wants_one:
+                runs = await _first_run(export.device, request.offset, request.length)
+            else:
+                runs = await export.device.allocation(request.offset, request.length)
             found = wire.allocation_descriptors(runs, count_max=count_max)
         else:
             report = export.contexts[name.removeprefix(wire.DIRTY_BITMAP)]
@@ -84,3 +90,20 @@ async def _block_status(
             found = wire.dirty_descriptors(extents, request.offset, request.length, count_max=count_max)
         answers.append((context_id, found))
     return answers
+
+
+async def _first_run(device: Device, offset: int, length: int) -> list[Allocation]:
+    """The allocation up to the first change of kind, or to the end of the range.
+
+    Looked for in growing steps: qemu asks for one run at a time and for all that is left of the disk, and on
+    a fragmented one thousands of runs lie within that.
+    """
+    found: list[Allocation] = []
+    end, step = offset + length, _FIRST_STEP_BYTES
+    while offset < end:
+        found += await device.allocation(offset, min(step, end - offset))
+        if any(run.kind != found[0].kind for run in found):
+            break
+        offset = found[-1].offset + found[-1].length
+        step *= _STEP_GROWTH
+    return found
