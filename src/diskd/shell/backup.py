@@ -40,11 +40,11 @@ from diskd.errors import Refused
 from diskd.shell.export import (
     CommittedOther,
     ExportSession,
-    Prepared,
     TargetLost,
     prepare_blocking,
     source_disks,
 )
+from diskd.shell.producing import Prepared
 
 CONTACT_SECONDS_MAX: Final = 10.0
 # Making a point durable takes two syncs of a disk; longer than this means that the disk is gone.
@@ -399,14 +399,14 @@ class _Backup:
     async def _tell(self, session: ExportSession) -> None:
         total = session.prepared.data_bytes
         while True:
-            self.moved.note(trio.current_time(), session.sent_bytes, total)
+            self.moved.note(trio.current_time(), session.done_bytes, total)
             await self.report(
                 {
                     "step": "send",
                     "vm": self.request.vm,
                     "point": self.frozen.point,
                     "base": self.base,
-                    "done_bytes": session.sent_bytes,
+                    "done_bytes": session.done_bytes,
                     "total_bytes": total,
                     "bytes_per_second": self.moved.bytes_per_second,
                     "remaining_s": self.moved.remaining_s,
