@@ -6,20 +6,21 @@ memory is taken for more. Both directions run without the interpreter's lock, so
 threads; an object serves one thread at a time.
 """
 
-from typing import Final
-
 import zstandard
 
+from daemonkit.diskd_api import COMPRESS_LEVEL_MAX
 from diskd.core.stream_frames import DATA_BYTES_MAX, STORED, refuse
+from diskd.errors import Refused
 
-# zstd's own default: on most disks half the bytes at a cost near that of reading them.
-LEVEL_DEFAULT: Final = 3
-# The levels above take hundreds of MiB and minutes per GiB for next to nothing.
-LEVEL_MAX: Final = 19
+
+def check_level(level: int) -> None:
+    """Raises Refused for a level that there is not."""
+    if not 0 <= level <= COMPRESS_LEVEL_MAX:
+        raise Refused(f"zstd has the levels 1 to {COMPRESS_LEVEL_MAX} here (0 is none), not {level}")
 
 
 class Compressor:
-    """At one level: 1 (fast) to LEVEL_MAX."""
+    """At one level: 1 (fast) to COMPRESS_LEVEL_MAX."""
 
     def __init__(self, level: int) -> None:
         self._zstd = zstandard.ZstdCompressor(level=level)
