@@ -151,6 +151,9 @@ class DiskProducer:
                 saved += run.length - len(stored) - STORED.size
             used, number = end, number + 1
             self._next = next(self._runs, None)
+        if self._next is None:
+            # It may have taken tens of MiB at a high level, and there may be many disks.
+            self._compressor = None
         headers = b"".join(packed)
         self._order.take_rows(headers)
         self._savings.note(number, saved)
