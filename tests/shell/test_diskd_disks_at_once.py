@@ -1,5 +1,6 @@
 """Several disks of a VM are read and sent at once, compressed or not; what the target keeps is the same."""
 
+import os
 import random
 import threading
 
@@ -19,7 +20,7 @@ from diskd.core import target_calls as calls
 from diskd.core.stream import STORED, FrameKind, Ready, RefusedReply
 from diskd.errors import Refused
 from diskd.shell.backup import run_backup
-from diskd.shell.producing import DISKS_AT_ONCE
+from diskd.shell.producing import DISKS_AT_ONCE, disks_at_once
 from diskd.shell.repository import open_repository
 from diskd.shell.restore import apply_file, restore_point
 
@@ -268,3 +269,11 @@ def test_points_are_equal_whatever_the_order_of_the_disks_frames(tmp_path):
         del one["manifest.json"], two["manifest.json"]
         assert one == two
     again.check(tmp_path / "two", 3)
+
+
+def test_compressing_leaves_half_of_the_processors_to_the_guests():
+    cores = len(os.sched_getaffinity(0))
+    assert [disks_at_once(disks, 0) for disks in (0, 1, 3, 64)] == [0, 1, 3, DISKS_AT_ONCE]
+    assert disks_at_once(64, 3) == min(DISKS_AT_ONCE, max(1, cores // 2))
+    assert disks_at_once(1, 3) == 1
+    assert disks_at_once(0, 3) == 0

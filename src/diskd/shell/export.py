@@ -45,6 +45,7 @@ from diskd.shell.producing import (
     Prepared,
     Producers,
     Savings,
+    disks_at_once,
     fill_in_turn,
 )
 
@@ -204,7 +205,7 @@ class ExportSession:
 
     async def _send_frames(self, stream: trio.abc.Stream, producers: Producers) -> None:
         unfinished = producers.unfinished
-        workers = min(DISKS_AT_ONCE, len(unfinished))
+        workers = disks_at_once(len(unfinished), self._compress_level)
         buffers = workers + BUFFERS_MORE
         free_send, free = trio.open_memory_channel[bytearray](buffers)
         for _ in range(buffers):

@@ -6,6 +6,7 @@ together; the frames of different disks leave in the order in which buffers are 
 """
 
 import contextlib
+import os
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterator
@@ -37,10 +38,19 @@ from diskd.errors import Refused
 # So many disks are read at once. More would help an array of disks, but each thread more is one more that the
 # loop, which serves the guests, may find with the interpreter's lock.
 DISKS_AT_ONCE: Final = 4
+# Compressing takes a whole core for each: the guests keep the other half of them.
+_COMPRESSING_SHARE: Final = 2
 # Besides those that are being filled: one on the wire, one waiting for it.
 BUFFERS_MORE: Final = 2
 # Several of the largest frames: what it costs to hand a buffer from thread to thread is shared by them.
 BUFFER_BYTES: Final = 4 * (DATA_BYTES_MAX + 16 * KiB)
+
+
+def disks_at_once(disks: int, compress_level: int) -> int:
+    """How many of so many disks are read at once."""
+    cores = len(os.sched_getaffinity(0))
+    most = max(1, cores // _COMPRESSING_SHARE) if compress_level else DISKS_AT_ONCE
+    return min(DISKS_AT_ONCE, disks, most)
 
 
 class Savings:
