@@ -20,7 +20,7 @@ from diskd.core import target_calls as calls
 from diskd.core.stream import STORED, FrameKind, Ready, RefusedReply
 from diskd.errors import Refused
 from diskd.shell.backup import run_backup
-from diskd.shell.producing import DISKS_AT_ONCE, disks_at_once
+from diskd.shell.producing import DISKS_AT_ONCE, Savings, disks_at_once
 from diskd.shell.repository import open_repository
 from diskd.shell.restore import apply_file, restore_point
 
@@ -277,3 +277,18 @@ def test_compressing_leaves_half_of_the_processors_to_the_guests():
     assert disks_at_once(64, 3) == min(DISKS_AT_ONCE, max(1, cores // 2))
     assert disks_at_once(1, 3) == 1
     assert disks_at_once(0, 3) == 0
+
+
+def test_what_compression_saved_is_counted_once_however_often_it_is_sent():
+    savings = Savings()
+    for frames, saved in ((4, 100), (8, 0), (12, 50)):
+        savings.note(frames, saved)
+    assert savings.saved_bytes == 150
+    savings.go_back(12)
+    assert savings.saved_bytes == 150
+    savings.go_back(11)  # a part of the last buffer has arrived: it counts as if it were not shorter
+    assert savings.saved_bytes == 100
+    savings.note(12, 50)
+    assert savings.saved_bytes == 150
+    savings.go_back(0)
+    assert savings.saved_bytes == 0

@@ -218,6 +218,8 @@ class Incoming:
             disks: list[DiskProgress] = []
             descriptors = [] if self.durable else [self._index]
             for _, disk in sorted(self._disks.items()):
+                if not disk.frames:
+                    continue
                 if disk.recorded is not None and not disk.has_news:
                     disks.append(disk.recorded)
                 else:
