@@ -9,6 +9,7 @@ from diskd_cutting_proxy import CuttingProxy
 from diskd_process import BINARIES, diskd
 from diskd_target_process import target_process
 
+from diskd.core.partial import newest
 from diskd.shell.repository import open_repository
 
 pytestmark = [pytest.mark.interop, pytest.mark.slow]
@@ -56,7 +57,7 @@ class Interrupted:
 
     def _is_recorded(self):
         [path] = self.repository.glob("web/.incoming-*/progress")
-        return any(path.read_bytes())
+        return newest(path.read_bytes()) is not None
 
     def backup(self, *options):
         return ["backup", "--vm", "web", "--target", self.front, *options]
