@@ -2,7 +2,7 @@
 
     head                magic "HFPARTL2", size of a slot; what else there is of 4 KiB is zero
     slot 0, slot 1      each as large as the record of all disks of the export can become, written in turn
-    slot                sequence, length, BLAKE3 of the body, then the body (msgpack)
+    slot                sequence, length, BLAKE3 of these two and the body, then the body (msgpack)
 
 A record is written only after everything that it speaks of has been synced, and acknowledged only after it
 has been synced itself; a torn one leaves the other slot. It names the digest of the stream's opening (so of
@@ -28,7 +28,9 @@ HEAD_BYTES: Final = 4 * KiB
 # Of a disk's writer: one L2 table and one cluster, each of the largest size; and the numbers.
 _DISK_BYTES_MAX: Final = 2 * max(CLUSTER_SIZES) + 1 * KiB
 _HEAD: Final = struct.Struct(">8sI")
-_SLOT: Final = struct.Struct(">QI32s")
+_SLOT: Final = struct.Struct(">QI")
+_DIGEST_BYTES: Final = 32
+_BODY_OFFSET: Final = _SLOT.size + _DIGEST_BYTES
 _MAGIC: Final = b"HFPARTL2"
 
 
@@ -75,10 +77,11 @@ def pack_head(disks: int) -> bytes:
 def pack_slot(sequence: int, progress: Progress, disks: int) -> tuple[int, bytes]:
     """(offset in the file, bytes) of the record with this sequence number, which counts from 1."""
     body, size = encode(unstructure(progress)), slot_bytes(disks)
-    if _SLOT.size + len(body) > size:
+    if _BODY_OFFSET + len(body) > size:
         raise ValueError(f"a record of {len(body)} bytes does not fit")
     offset = HEAD_BYTES + sequence % 2 * size
-    return offset, _SLOT.pack(sequence, len(body), blake3(body).digest()) + body
+    numbers = _SLOT.pack(sequence, len(body))
+    return offset, numbers + blake3(numbers + body).digest() + body
 
 
 # So long a file can be at most.
@@ -97,11 +100,12 @@ def newest(data: bytes) -> tuple[int, Progress] | None:
 
 
 def _unpack(slot: bytes) -> tuple[int, Progress] | None:
-    if len(slot) < _SLOT.size:
+    if len(slot) < _BODY_OFFSET:
         return None
-    sequence, length, digest = _SLOT.unpack_from(slot)
-    body = slot[_SLOT.size : _SLOT.size + length]
-    if len(body) != length or blake3(body).digest() != digest:
+    sequence, length = _SLOT.unpack_from(slot)
+    body = slot[_BODY_OFFSET : _BODY_OFFSET + length]
+    digest = slot[_SLOT.size : _BODY_OFFSET]
+    if len(body) != length or blake3(slot[: _SLOT.size] + body).digest() != digest:
         return None
     try:
         return sequence, structure(Progress, decode(body), where="progress")
