@@ -15,6 +15,7 @@ from typing import Any, NoReturn, TypeVar
 import click
 import trio
 
+from daemonkit.diskd_api import COMPRESS_LEVEL_DEFAULT, COMPRESS_LEVEL_MAX
 from daemonkit.durable import read_small_file
 from daemonkit.errors import HoldfastError, OperatorError, plain
 from daemonkit.methods import Method
@@ -68,6 +69,22 @@ class LazyGroup(click.Group):
 DURATION = _Quantity("duration", parse_duration)
 SIZE = _Quantity("size", parse_size)
 ADDRESS = _Quantity("host:port", Address.parse)
+
+# As rsync has them: a flag, and a level that implies it.
+COMPRESS = click.option(
+    "--compress", is_flag=True, help="Compress what is sent (zstd), where that makes it shorter."
+)
+COMPRESS_LEVEL = click.option(
+    "--compress-level",
+    metavar="LEVEL",
+    type=click.IntRange(1, COMPRESS_LEVEL_MAX),
+    help=f"How hard, 1 (fastest) to {COMPRESS_LEVEL_MAX}; {COMPRESS_LEVEL_DEFAULT} for --compress alone.",
+)
+
+
+def level_of(compress: bool, level: int | None) -> int:
+    """What the two options say; 0 for no compression."""
+    return level or (COMPRESS_LEVEL_DEFAULT if compress else 0)
 
 
 def run_main(command: click.Command) -> NoReturn:

@@ -11,6 +11,10 @@ from daemonkit.methods import Method
 
 BackupMode = Literal["auto", "full", "since", "resume"]
 
+# Levels of zstd for what goes over the wire; 0 is none. zstd itself asks for a special word for those above.
+COMPRESS_LEVEL_DEFAULT: Final = 3
+COMPRESS_LEVEL_MAX: Final = 19
+
 
 @attrs.frozen
 class LeaseRequest:
@@ -85,7 +89,7 @@ class BackupRequest:
     ``epoch``: of the run whose node asks, or 0: the backup is given up when its disks are leased under a
     newer one, so that nobody who takes the VM over has to wait for it. ``retry_for_ns``: how long a target
     that was lost on the way is tried again. ``allow_crash_consistent``: where a hook of ``config`` fails, the
-    backup goes on without."""
+    backup goes on without. ``compress_level``: of zstd, on the way to the target; 0 for none."""
 
     vm: str
     disks: list[BackupDisk]
@@ -96,10 +100,14 @@ class BackupRequest:
     epoch: int = 0
     retry_for_ns: int = 0
     allow_crash_consistent: bool = False
+    compress_level: int = 0
 
 
 @attrs.frozen
 class BackupDiskReport:
+    """``sent_bytes``: the disk's data as it went over the wire, each frame once, compressed where it was.
+    What another process had sent before this one resumed it counts at its full length."""
+
     image: str
     changed_bytes: int
     sent_bytes: int

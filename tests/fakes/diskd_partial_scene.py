@@ -6,11 +6,11 @@ import numpy as np
 import trio
 from diskd_frozen import MemoryLibrary
 from diskd_repository_scene import Crash, CrashingFiles
-from diskd_target import receive_all, stream_of
+from diskd_target import interleaved, receive_all, stream_of
 
 from daemonkit.diskd_api import BackupDisk
 from diskd.core.stream import FRAME, Frame, StreamDecoder
-from diskd.core.stream_frames import ROW, FrameBatch
+from diskd.core.stream_frames import ROW, FrameBatch, by_disk
 from diskd.shell.repository import open_repository
 
 KiB = 1 << 10
@@ -89,6 +89,19 @@ def scattered():
     return streams
 
 
+def shuffled(stream, seed):
+    """The same export with the frames of its disks in another order among each other."""
+    data, events, opening = stream
+    frames = in_another_order(events[1:-1], random.Random(seed))
+    return data, [events[0], *frames, events[-1]], opening
+
+
+def in_another_order(frames, chance):
+    """The frames of each disk in order, those of different disks shuffled."""
+    disks = sorted({frame.header.disk for frame in frames})
+    return list(interleaved([[f for f in frames if f.header.disk == disk] for disk in disks], chance))
+
+
 def batch_of(events):
     """(batch, rows) as the receiver hands them over."""
     parts = [event.header.pack() + event.data for event in events]
@@ -121,18 +134,32 @@ def commit(incoming, events):
 
 
 def take_whole(incoming, stream, **options):
-    """The rest of a stream, as a source sends it that was told what is known; what was known."""
+    """The rest of a stream, as a source sends it that was told what is known, the disks in an order of its
+    own; how much was known."""
     _, events, opening = stream
     decoder = StreamDecoder()
     decoder.feed(opening)
     assert decoder.next_event() == events[0]
     known = b"".join(incoming.known())
     decoder.known(known)
-    body = b"".join(event.header.pack() for event in events[1:-1])
-    assert body.startswith(known), "what is known is not how the stream begins"
-    send(incoming, events, first=len(known) // FRAME.size, **options)
+    counts = {disk: len(known_rows) for disk, known_rows in _split(known)}
+    rest = []
+    for disk in range(len(events[0].disks)):
+        frames = [event for event in events[1:-1] if event.header.disk == disk]
+        body = b"".join(frame.header.pack() for frame in frames)
+        mine = dict(_split(known)).get(disk, np.frombuffer(b"", dtype=ROW))
+        assert body.startswith(mine.tobytes()), "what is known is not how the disk begins"
+        rest += frames[counts.get(disk, 0) :]
+    if len(counts) > 1:
+        rest = in_another_order(rest, random.Random(len(rest)))
+    send(incoming, [events[0], *rest, events[-1]], **options)
     commit(incoming, events)
     return len(known) // FRAME.size
+
+
+def _split(packed):
+    rows = np.frombuffer(packed, dtype=ROW)
+    return [(disk, rows[places]) for disk, places in by_disk(rows)]
 
 
 def content_of(directory):

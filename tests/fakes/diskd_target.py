@@ -8,7 +8,9 @@ from daemonkit.ports import Address
 from daemonkit.rpc import Registry
 from daemonkit.rpc import serve as serve_rpc
 from diskd.core.stream import StreamDecoder, StreamEncoder
-from diskd.shell.export import BUFFER_BYTES, Producer, prepare_blocking
+from diskd.core.stream_frames import scan
+from diskd.shell.export import prepare_blocking
+from diskd.shell.producing import BUFFER_BYTES, Producers
 from diskd.shell.repository import open_repository
 from diskd.shell.target import Target
 
@@ -89,16 +91,39 @@ async def start_deaf_proxy(nursery, target):
     return Address("127.0.0.1", port), swallow
 
 
-def stream_of(frozen, base=None):
-    """(bytes, events, opening) of the whole export of a frozen VM."""
+def interleaved(parts, chance):
+    """The frames of each disk in order, those of different disks shuffled."""
+    waiting = [list(reversed(part)) for part in parts if part]
+    while waiting:
+        chosen = chance.choice(waiting)
+        yield chosen.pop()
+        waiting = [part for part in waiting if part]
+
+
+def stream_of(frozen, base=None, *, chance=None, compress_level=0):
+    """(bytes, events, opening) of the whole export of a frozen VM. ``chance``: shuffles the disks' frames,
+    which come disk by disk without it."""
     prepared = prepare_blocking(frozen, base)
     encoder = StreamEncoder(prepared.header)
-    producer = Producer(prepared, encoder)
-    parts, buffer = [encoder.opening], bytearray(BUFFER_BYTES)
-    while (batch := producer.fill(buffer)) is not None:
-        parts.append(bytes(buffer[: batch.used]))
-    parts.append(encoder.finish())
-    data = b"".join(parts)
+    producers = Producers(prepared, encoder)
+    producers.begin(compress_level)
+    parts, buffer = [], bytearray(BUFFER_BYTES)
+    for producer in producers.disks:
+        parts.append([])
+        while not producer.is_done:
+            batch = producer.fill(buffer)
+            data = bytes(buffer[: batch.used])
+            while data:
+                found = scan(memoryview(data))
+                ends = [*found.starts[1:], found.used]
+                parts[-1] += [data[a:b] for a, b in zip(found.starts, ends, strict=True)]
+                data = data[found.used :]
+    frames = interleaved(parts, chance) if chance else (frame for part in parts for frame in part)
+    return taken_apart(b"".join([encoder.opening, *frames, encoder.finish()]))
+
+
+def taken_apart(data):
+    """(bytes, events, opening) of a stream."""
     decoder = StreamDecoder()
     decoder.feed(data)
     events = []

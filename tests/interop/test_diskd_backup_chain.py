@@ -133,17 +133,19 @@ async def test_refusals_are_one_line(tmp_path):
         assert "d.qcow2" in await daemon.refuses("target", "verify", *to)
 
 
-async def test_export_and_apply(tmp_path):
+@pytest.mark.parametrize("options", [(), ("--compress",), ("--compress-level", "9")])
+async def test_export_and_apply(tmp_path, options):
     need("qemu-io")
     async with diskd(tmp_path / "disks") as daemon:
         live = f"{daemon.nbd}/d"
         await daemon.do("image", "create", "d", "8MiB")
         await good("qemu-io", "-f", "raw", *commands(["write -P 7 1M 1M"]), live)
         full, change, raw = (str(tmp_path / name) for name in ("full", "change", "raw"))
-        await daemon.do("export", "d", "--full", "-o", full)
+        await daemon.do("export", "d", "--full", "-o", full, *options)
+        assert ((await trio.Path(full).stat()).st_size < 10000) is bool(options)
         point = (await daemon.json("point", "list", "d"))[-1]["point"]
         await good("qemu-io", "-f", "raw", *commands(["write -P 8 1M 8k", "discard 1536k 64k"]), live)
-        await daemon.do("export", "d", "--since", point, "-o", change)
+        await daemon.do("export", "d", "--since", point, "-o", change, *options)
         await daemon.do("apply", full, raw)
         await daemon.do("apply", change, raw)
         await good("qemu-img", "compare", "-f", "raw", "-F", "raw", raw, live)

@@ -9,6 +9,7 @@ from diskd_cutting_proxy import CuttingProxy
 from diskd_process import BINARIES, diskd
 from diskd_target_process import target_process
 
+from diskd.core.partial import newest
 from diskd.shell.repository import open_repository
 
 pytestmark = [pytest.mark.interop, pytest.mark.slow]
@@ -16,6 +17,11 @@ pytestmark = [pytest.mark.interop, pytest.mark.slow]
 MiB = 1 << 20
 SIZE = 48 * MiB
 PAUSE = 20 * MiB
+
+
+def half_random(size):
+    """Every MiB of it becomes about half as long."""
+    return b"".join(os.urandom(MiB // 2) + bytes([7]) * (MiB // 2) for _ in range(0, size, MiB))
 
 
 async def until(condition):
@@ -27,27 +33,31 @@ async def until(condition):
 class Interrupted:
     """A backup through a proxy that has fallen silent when the target has made a part of it durable."""
 
-    def __init__(self, tmp_path, daemon, target):
+    def __init__(self, tmp_path, daemon, target, contents, *options):
+        """``contents``: of the images; ``options``: of the backup that is interrupted."""
         self.daemon, self.target = daemon, target
         self.repository = tmp_path / "repository"
-        self.content = os.urandom(SIZE)
+        self.contents, self.options = contents, options
+        self.size = sum(map(len, contents.values()))
         self.file = tmp_path / "content"
         self.proxy = CuttingProxy(target.address, [])
         self.client = None
 
-    async def begin(self, nursery, *options):
-        self.file.write_bytes(self.content)
-        await self.daemon.do("image", "import", "d", str(self.file))
+    async def begin(self, nursery):
+        for name, content in self.contents.items():
+            self.file.write_bytes(content)
+            await self.daemon.do("image", "import", name, str(self.file))
         self.proxy.pause_at = PAUSE
         self.front = str(await self.proxy.serve(nursery))
-        argv = ["--control", self.daemon.ready["control"], *self.backup(), "--image", "d", *options]
+        images = [option for name in self.contents for option in ("--image", name)]
+        argv = ["--control", self.daemon.ready["control"], *self.backup(), *images, *self.options]
         self.client = await trio.lowlevel.open_process([str(BINARIES / "diskctl"), *argv])
         await until(lambda: list(self.repository.glob("web/.incoming-*/progress")))
         await until(self._is_recorded)
 
     def _is_recorded(self):
         [path] = self.repository.glob("web/.incoming-*/progress")
-        return any(path.read_bytes())
+        return newest(path.read_bytes()) is not None
 
     def backup(self, *options):
         return ["backup", "--vm", "web", "--target", self.front, *options]
@@ -58,20 +68,27 @@ class Interrupted:
         return sum(self.proxy.carried)
 
     async def check(self, before):
-        assert sum(self.proxy.carried) - before < SIZE - PAUSE // 2
+        assert sum(self.proxy.carried) - before < self.size - PAUSE // 2
         assert await self.target.end(signal.SIGTERM) == 0
         with open_repository(self.repository) as repository:
             [listed] = repository.listing("web")
             assert repository.verify("web", listed.point, lambda: None).problems == []
             with repository.open("web", listed.point) as opened:
-                assert opened.views["d"].read(0, SIZE) == self.content
-        assert [point["valid"] for point in await self.daemon.json("point", "list", "d")] == [True]
+                for name, content in self.contents.items():
+                    assert opened.views[name].read(0, len(content)) == content
+        for name in self.contents:
+            assert [point["valid"] for point in await self.daemon.json("point", "list", name)] == [True]
 
 
-@pytest.fixture
-async def scene(tmp_path):
+@pytest.fixture(params=["one-disk", "three-disks-compressed"])
+async def scene(tmp_path, request):
     async with diskd(tmp_path / "disks") as daemon, target_process(tmp_path / "repository") as target:
-        made = Interrupted(tmp_path, daemon, target)
+        if request.param == "one-disk":
+            made = Interrupted(tmp_path, daemon, target, {"d": os.urandom(SIZE)})
+        else:
+            # At the pause about twice as much as was carried is there, of all three.
+            contents = {name: half_random(SIZE // 2) for name in ("d", "e", "f")}
+            made = Interrupted(tmp_path, daemon, target, contents, "--compress")
         yield made
         if made.client is not None and made.client.returncode is None:
             made.client.kill()

@@ -1,16 +1,19 @@
 """Frames taken a buffer at a time are the frames taken one by one: same frames, refusals and digests."""
 
+import random
 from itertools import pairwise
 
 import numpy as np
 import pytest
 from blake3 import blake3
+from diskd_target import interleaved
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diskd.core.stream import (
     DATA_BYTES_MAX,
     FRAME,
+    STORED,
     DiskHeader,
     ExportHeader,
     Frame,
@@ -21,8 +24,10 @@ from diskd.core.stream import (
     StreamError,
     Trailer,
 )
-from diskd.core.stream_frames import FrameOrder, scan
+from diskd.core.stream_frames import INFLATED_BYTES_MAX, FrameOrder, scan
+from diskd.core.stream_zstd import Compressor, Decompressor
 
+INFLATE = Decompressor().decompress
 SECTOR = 512
 SIZES = [64 * SECTOR, 40 * SECTOR, 2**30]
 HEAD = ExportHeader(
@@ -42,18 +47,22 @@ def header_of(kind, disk, number, offset, length, digest=bytes(32)):
 
 @st.composite
 def streams(draw, frames_max=40):
-    """A good export, as (bytes, events)."""
-    encoder = StreamEncoder(HEAD)
-    parts = [encoder.opening]
+    """A good export: frames of three disks in any order among each other, some of them compressed."""
+    encoder, compressor = StreamEncoder(HEAD), Compressor(1)
+    parts = [[], [], []]
     for disk in range(3):
         cuts = sorted(draw(st.sets(st.integers(0, 40), max_size=frames_max)))
         for first, last in pairwise(cuts):
             kind = draw(st.sampled_from([FrameKind.DATA, FrameKind.ZERO, FrameKind.HOLE]))
             data = bytes([draw(st.integers(0, 255))]) * ((last - first) * SECTOR)
             is_data = kind is FrameKind.DATA
-            parts.append(encoder.frame(kind, disk, first * SECTOR, len(data), data if is_data else None))
-            parts += [data] if is_data else []
-    return b"".join([*parts, encoder.finish()])
+            packed = encoder.frame(kind, disk, first * SECTOR, len(data), data if is_data else None)
+            stored = compressor.compress(data) if is_data and draw(st.booleans()) else None
+            if stored is not None:
+                packed, data = bytes([FrameKind.ZSTD]) + packed[1:] + STORED.pack(len(stored)), stored
+            parts[disk].append(packed + data if is_data else packed)
+    chance = random.Random(draw(st.integers(0, 1 << 30)))
+    return b"".join([encoder.opening, *interleaved(parts, chance), encoder.finish()])
 
 
 def one_by_one(stream):
@@ -79,13 +88,13 @@ def in_batches(stream, portions):
     portions = iter(portions)
     while True:
         batch, rows = decoder.batch(memoryview(pending))
-        batch.check_data(rows)
+        batch.check_data(rows, INFLATE)
         for number in range(len(batch)):
             kind, _, *rest = FRAME.unpack_from(batch.packed, number * FRAME.size)
             data = bytes(batch.payload(number, rest[3])) if kind == FrameKind.DATA else b""
             events.append(Frame(FrameHeader(FrameKind(kind), *rest), data))
         pending = pending[batch.used :]
-        if pending and pending[0] not in (1, 2, 3):
+        if pending and pending[0] not in (1, 2, 3, 4):
             decoder.feed(pending + stream[position:])
             event = decoder.next_event()
             decoder.finish()
@@ -121,7 +130,7 @@ integers = st.integers(0, 66).map(lambda n: n * SECTOR) | st.sampled_from(
 )
 rows_of_headers = st.lists(
     st.tuples(
-        st.sampled_from([1, 1, 2, 3, 9]),
+        st.sampled_from([1, 1, 2, 3, 4, 9]),
         st.sampled_from([0, 0, 0, 1]),
         st.integers(0, 3),
         st.sampled_from([0, 0, 0, 1]),
@@ -137,13 +146,16 @@ rows_of_headers = st.lists(
 @settings(deadline=None, max_examples=400)
 @given(rows_of_headers, st.integers(0, 20))
 def test_both_speeds_refuse_the_same(rows, before):
-    """``before`` good frames in front decide which of the two ways a batch is checked in."""
+    """``before`` good frames of each disk in front decide which of the two ways a batch is checked in."""
     quick, slow = FrameOrder(b"x", SIZES), FrameOrder(b"x", SIZES)
-    good = b"".join(header_of(3, 0, n, 0 if n == 0 else n * SECTOR, SECTOR) for n in range(before))
-    packed = good + b"".join(
-        FRAME.pack(kind, reserved, disk, before + n + skew, offset, length, bytes([digest]) * 32)
-        for n, (kind, reserved, disk, skew, offset, length, digest) in enumerate(rows)
-    )
+    parts = [header_of(3, disk, n, n * SECTOR, SECTOR) for n in range(before) for disk in range(3)]
+    counts = [before] * 4
+    for kind, reserved, disk, skew, offset, length, digest in rows:
+        parts.append(
+            FRAME.pack(kind, reserved, disk, counts[disk] + skew, offset, length, bytes([digest]) * 32)
+        )
+        counts[disk] += 1
+    packed = b"".join(parts)
 
     def take_slowly():
         for start in range(0, len(packed), FRAME.size):
@@ -172,4 +184,35 @@ def test_the_numbers_of_a_batch_go_on_where_the_last_one_ended():
     with pytest.raises(StreamError):
         order.take_rows(again)
     assert np.array_equal(order.trailer().frames, 100)
-    assert order.trailer().digest == blake3(b"x" + many).digest()
+    assert order.trailer().disk_digests == [blake3(many).digest()]
+
+
+def test_headers_that_end_in_the_middle_are_refused():
+    with pytest.raises(StreamError, match="in the middle"):
+        FrameOrder(b"x", [2**30]).take_rows(header_of(2, 0, 0, 0, SECTOR) + b"x")
+
+
+def test_a_small_buffer_of_compressed_frames_is_not_inflated_at_once():
+    """Ten thousand of them fit a buffer of the target; what it holds at once is bounded all the same."""
+    data = bytes([7]) * DATA_BYTES_MAX
+    stored, digest = Compressor(3).compress(data), blake3(data).digest()
+    count = 40
+    frames = b"".join(
+        bytes([FrameKind.ZSTD])
+        + header_of(1, 2, n, n * DATA_BYTES_MAX, DATA_BYTES_MAX, digest)[1:]
+        + STORED.pack(len(stored))
+        + stored
+        for n in range(count)
+    )
+    assert len(frames) < 10000
+    order, taken = FrameOrder(b"x", SIZES), 0
+    while frames:
+        batch = scan(memoryview(frames))
+        assert len(batch) * DATA_BYTES_MAX <= INFLATED_BYTES_MAX
+        rows = order.take_rows(batch.packed)
+        batch.check_data(rows, INFLATE)
+        assert batch.payload(0, DATA_BYTES_MAX) == data
+        taken += len(batch)
+        frames = frames[batch.used :]
+    assert taken == count
+    assert order.trailer().data_bytes == count * DATA_BYTES_MAX

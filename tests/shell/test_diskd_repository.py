@@ -186,7 +186,7 @@ class CountingFiles(RepositoryFiles):
 
 
 def test_frames_without_data_do_not_pile_up_in_memory(tmp_path):
-    """56 bytes each, and 2^32 of them are allowed: they go to the index file as they come."""
+    """56 bytes each, and 2^32 of them are allowed: they go to a file as they come."""
     files = CountingFiles()
     disk = DiskHeader("system", "system", 1 << 40, 4096, 65536, 0, True, 0)
     header = ExportHeader("web", "rp-" + "1" * 16, None, "full", "crash", "", [disk])
@@ -198,7 +198,7 @@ def test_frames_without_data_do_not_pile_up_in_memory(tmp_path):
             incoming.frame(
                 Frame(FrameHeader(FrameKind.HOLE, 0, number, number * 4096, 512, packed[-32:]), b"")
             )
-        index = tmp_path / "web" / ".incoming-rp-1111111111111111" / "export.index"
+        index = tmp_path / "web" / ".incoming-rp-1111111111111111" / "index.0"
         assert index.stat().st_size >= 1 * MiB
         manifest = incoming.commit(
             encoder.summary(), source_digest="", committed_at="2026-01-01T00:00:00+00:00", poll=poll

@@ -32,7 +32,8 @@ from diskd.core.stream import (
 )
 from diskd.errors import Refused
 from diskd.shell.backup import run_backup
-from diskd.shell.export import Producer, TargetLost, prepare_blocking
+from diskd.shell.export import TargetLost, prepare_blocking
+from diskd.shell.producing import Producers
 from diskd.shell.receiving import send_reply
 from diskd.shell.repository import open_repository
 from diskd.shell.target import RECEIVING_MAX, Target
@@ -339,7 +340,7 @@ async def test_a_source_looks_at_what_it_goes_on_behind(library):
 
     def skip(headers):
         prepared = prepare_blocking(frozen, None)
-        Producer(prepared, StreamEncoder(prepared.header)).skip(b"".join(one.pack() for one in headers))
+        Producers(prepared, StreamEncoder(prepared.header)).skip(b"".join(one.pack() for one in headers))
 
     skip(good)
     skip(good[:7])
@@ -353,7 +354,10 @@ async def test_a_source_looks_at_what_it_goes_on_behind(library):
         with pytest.raises(Refused, match="sent by another plan"):
             skip([*good[:3], bad])
     with pytest.raises(Refused, match="sent by another plan"):
-        skip([*good, attrs.evolve(good[-1], number=len(good), offset=good[-1].end)])
+        skip([*good, attrs.evolve(good[-1], number=good[-1].number + 1, offset=good[-1].end)])
+    prepared = prepare_blocking(frozen, None)
+    with pytest.raises(Refused, match="sent by another plan"):
+        Producers(prepared, StreamEncoder(prepared.header)).skip(good[0].pack() + b"x")
 
 
 async def test_settling_an_interrupted_point_ends_it_for_good(tmp_path, library, nursery):

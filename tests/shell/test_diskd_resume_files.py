@@ -10,10 +10,12 @@ from diskd_partial_scene import (
     receive_base,
     scattered,
     send,
+    shuffled,
     take_whole,
 )
 from diskd_repository_scene import Crash
 
+from diskd.core.partial import HEAD_BYTES
 from diskd.core.stream import Frame, StreamEncoder
 from diskd.errors import Damaged, Refused
 from diskd.shell.incoming import PROGRESS, Incoming
@@ -24,18 +26,26 @@ PORTION = 9
 
 
 @pytest.fixture(scope="module")
-def streams():
+def grouped():
+    """One disk after the other."""
     return scattered()
 
 
+@pytest.fixture(scope="module", params=["one-after-the-other", "interleaved"])
+def streams(grouped, request):
+    if request.param == "interleaved":
+        return [shuffled(stream, number) for number, stream in enumerate(grouped)]
+    return grouped
+
+
 @pytest.fixture(scope="module")
-def whole(streams, tmp_path_factory):
-    """The differential's directory as an uninterrupted backup leaves it."""
+def whole(grouped, tmp_path_factory):
+    """The differential's directory as an uninterrupted backup leaves it that sends disk by disk."""
     root = tmp_path_factory.mktemp("whole")
-    receive_base(root, streams)
+    receive_base(root, grouped)
     with open_repository(root) as repository:
-        take_whole(repository.receive(streams[1][1][0], streams[1][2]), streams[1], keep=False)
-    return content_of(root / "web" / streams[1][1][0].point)
+        take_whole(repository.receive(grouped[1][1][0], grouped[1][2]), grouped[1], keep=False)
+    return content_of(root / "web" / grouped[1][1][0].point)
 
 
 def frames_of(stream):
@@ -123,24 +133,39 @@ def sent_into_the_second_disk(repository, stream, end):
     return incoming
 
 
-def test_a_kill_after_the_next_disk_began_is_gone_on_from(streams, whole, tmp_path):
-    """The file of a disk that the record knows nothing of is there, and made anew."""
-    receive_base(tmp_path, streams)
+def test_a_kill_after_the_next_disk_began_is_gone_on_from(grouped, whole, tmp_path):
+    """The files of a disk that the record knows nothing of are there, and made anew."""
+    receive_base(tmp_path, grouped)
     with open_repository(tmp_path) as repository:
-        sent_into_the_second_disk(repository, streams[1], None)._stack.close()
-    assert resume(tmp_path, streams[1]) == PORTION
-    assert point_of(tmp_path, streams[1]) == whole
+        sent_into_the_second_disk(repository, grouped[1], None)._stack.close()
+    assert resume(tmp_path, grouped[1]) == PORTION
+    assert point_of(tmp_path, grouped[1]) == whole
 
 
-def test_a_commit_that_is_cancelled_is_gone_on_from(streams, whole, tmp_path):
+def test_a_record_names_all_disks_that_have_begun_and_keeps_those_that_rest(grouped, whole, tmp_path):
+    """The first disk begins, then the second is sent alone, then the link is cut."""
+    receive_base(tmp_path, grouped)
+    stream = grouped[1]
+    frames = frames_of(stream)
+    first, second = (tuple(f for f in frames if f.header.disk == disk) for disk in (0, 1))
+    with open_repository(tmp_path) as repository:
+        incoming = repository.receive(stream[1][0], stream[2])
+        send(incoming, first[:PORTION], portion=PORTION)
+        send(incoming, second, portion=2)
+        incoming.suspend()
+    assert resume(tmp_path, stream) == PORTION + len(second)
+    assert point_of(tmp_path, stream) == whole
+
+
+def test_a_commit_that_is_cancelled_is_gone_on_from(grouped, whole, tmp_path):
     class Cancelled(BaseException):
         pass
 
     def poll():
         raise Cancelled
 
-    receive_base(tmp_path, streams)
-    stream = streams[1]
+    receive_base(tmp_path, grouped)
+    stream = grouped[1]
     with open_repository(tmp_path) as repository:
         incoming = sent_into_the_second_disk(repository, stream, len(frames_of(stream)))
         with pytest.raises(Cancelled):
@@ -222,7 +247,7 @@ async def test_a_sweep_that_cannot_read_is_not_the_end(streams, tmp_path):
         assert not left.exists()
 
 
-@pytest.mark.parametrize("name", ["export.index", PROGRESS, "system.qcow2"])
+@pytest.mark.parametrize("name", ["export.index", "index.0", PROGRESS, "system.qcow2"])
 def test_damage_is_found_and_begins_anew(name, streams, whole, tmp_path):
     left = interrupted(tmp_path, streams)
     if name == "system.qcow2":
@@ -238,7 +263,7 @@ def test_damage_is_found_and_begins_anew(name, streams, whole, tmp_path):
             incoming.discard()
             assert repository.unfinished_points("web") == {}
         return
-    (left / name).write_bytes((left / name).read_bytes()[:-7000])
+    (left / name).write_bytes((left / name).read_bytes()[:-57])
     if name == PROGRESS:
         (left / name).write_bytes(bytes(1000))
     assert resume(tmp_path, streams[1]) == 0
@@ -249,7 +274,7 @@ def test_a_torn_record_leaves_the_one_before(streams, whole, tmp_path):
     left = interrupted(tmp_path, streams)
     data = bytearray((left / PROGRESS).read_bytes())
     # 30 frames in portions of 9 are four records; suspending adds none. The fourth lies in slot 0.
-    data[100:200] = bytes(100)
+    data[HEAD_BYTES + 100 : HEAD_BYTES + 200] = bytes(100)
     (left / PROGRESS).write_bytes(data)
     assert resume(tmp_path, streams[1]) == 27
     assert point_of(tmp_path, streams[1]) == whole

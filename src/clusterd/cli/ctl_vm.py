@@ -11,7 +11,7 @@ from clusterd.core import calls
 from clusterd.core.commands import FailoverVm, MoveVm, RemoveVm, StartVm, StopVm
 from clusterd.core.types import check_name
 from clusterd.errors import Refused
-from daemonkit.cli import ADDRESS, print_json
+from daemonkit.cli import ADDRESS, COMPRESS, COMPRESS_LEVEL, level_of, print_json
 from daemonkit.ports import Address
 from daemonkit.progress import Progress
 from daemonkit.schema import unstructure
@@ -170,19 +170,31 @@ LINES = click.option("--json", "as_json", is_flag=True, help="Lines of JSON: pro
 @VM
 @TARGET
 @click.option("--full", is_flag=True, help="Everything, whatever the target has.")
+@COMPRESS
+@COMPRESS_LEVEL
 @LINES
 @click.pass_context
-def backup(context: click.Context, name: str, target: Address, full: bool, as_json: bool) -> None:
+def backup(
+    context: click.Context,
+    name: str,
+    target: Address,
+    full: bool,
+    compress: bool,
+    compress_level: int | None,
+    as_json: bool,
+) -> None:
     """Back a VM up, wherever it runs: all its disks at one instant, and its configuration.
 
     A full if the target has no point of this VM, else the changes since the newest point that both sides
     hold, also after a move or a failover. A backup that fails loses nothing: the changes stay tracked. It
-    runs as long as this command does.
+    runs as long as this command does. With --compress, data goes to the target in zstd frames where that
+    makes it shorter.
 
     \b
     Example: clusterctl vm backup web --target 10.0.0.9:10811
     """
-    params = calls.BackupVm(name, str(target), full)
+    level = level_of(compress, compress_level)
+    params = calls.BackupVm(name, str(target), full, compress_level=level)
     report = cluster_of(context).work(calls.VM_BACKUP, params, Progress(as_json))
     if as_json:
         print(json.dumps(unstructure(report)))

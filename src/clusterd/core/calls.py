@@ -111,12 +111,14 @@ class ProbeReply:
 @attrs.frozen
 class BackupVm:
     """Back a VM up at its owner. ``target`` is where diskd finds the target. ``at``: set by a node that
-    passes the call on; whoever does not own the VM any more refuses, so that no call goes in circles."""
+    passes the call on; whoever does not own the VM any more refuses, so that no call goes in circles.
+    ``compress_level``: of zstd; 0 for none."""
 
     vm: str
     target: str
     full: bool = False
     at: str | None = None
+    compress_level: int = 0
 
 
 @attrs.frozen

@@ -7,6 +7,7 @@ between, the owner) cancels it at diskd, which then is as if it had not been tri
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final, TypeVar
 
+import attrs
 import structlog
 import trio
 
@@ -71,7 +72,7 @@ class VmCopies:
         peer = self._peers.get(place.node)
         if peer is None:
             raise CallFailed(f"this node's configuration names no peer {place.node!r}")
-        passed_on = calls.BackupVm(params.vm, params.target, params.full, at=place.node)
+        passed_on = attrs.evolve(params, at=place.node)
         async with connect(peer.control, key=self._key) as client:
             return await client.call(calls.VM_BACKUP, passed_on, on_progress=on_progress)
 
@@ -86,6 +87,7 @@ class VmCopies:
             target=params.target,
             mode="full" if params.full else "auto",
             epoch=place.epoch,
+            compress_level=params.compress_level,
         )
         report = await self._diskds.backup(config.disks[0].diskd, request, on_progress)
         log.info("vm.backed_up", vm=config.name, point=report.point, target=params.target)

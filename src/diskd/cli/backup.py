@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from daemonkit.cli import ADDRESS, DURATION
+from daemonkit.cli import ADDRESS, COMPRESS, COMPRESS_LEVEL, DURATION, level_of
 from daemonkit.diskd_api import BACKUP_RUN, BackupDisk, BackupMode, BackupReport, BackupRequest
 from daemonkit.durable import read_small_file
 from daemonkit.errors import OperatorError, UsageError
@@ -36,6 +36,8 @@ from diskd.core.san_calls import SAN_BACKUP, SanBackup
 @click.option("--resume", is_flag=True, help="Go on with an interrupted backup of the VM.")
 @click.option("--retry-for", type=DURATION, default="2m", show_default=True, metavar="TIME",
               help="How long to try again, from where it stood, a target that was lost.")  # fmt: skip
+@COMPRESS
+@COMPRESS_LEVEL
 @click.option("--allow-crash-consistent", is_flag=True,
               help="Where a freeze or thaw hook fails, go on without.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Lines of JSON: progress, and the result last.")
@@ -52,6 +54,8 @@ def backup(
     since: str | None,
     resume: bool,
     retry_for: int,
+    compress: bool,
+    compress_level: int | None,
     allow_crash_consistent: bool,
     as_json: bool,
 ) -> None:
@@ -70,6 +74,10 @@ def backup(
     A target that is lost on the way is tried again for --retry-for. After that, or if this command or diskd
     was killed, --resume goes on from what the target has, within diskd's checkpoint_resume_timeout; a plain
     backup of the VM begins anew.
+
+    With --compress, data goes to the target in zstd frames where that makes it shorter: worth it where the
+    link is slower than a core compresses, or costs money. What the target keeps is the same, and so is what
+    --resume goes on with: either part may be compressed.
     """
     wanted: list[tuple[BackupMode, bool]] = [
         ("full", full),
@@ -92,6 +100,7 @@ def backup(
         since=since,
         retry_for_ns=retry_for,
         allow_crash_consistent=allow_crash_consistent,
+        compress_level=level_of(compress, compress_level),
     )
     progress = Progress(as_json)
     try:

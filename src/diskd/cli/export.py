@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from daemonkit.cli import run_async
+from daemonkit.cli import COMPRESS, COMPRESS_LEVEL, level_of, run_async
 from daemonkit.errors import OperatorError, UsageError
 from daemonkit.progress import Progress
 from daemonkit.units import format_size
@@ -18,19 +18,32 @@ from diskd.core import target_calls as calls
 @click.option("--full", is_flag=True, help="Everything.")
 @click.option("--since", metavar="POINT", help="The changes since this reference point.")
 @click.option("-o", "output", required=True, metavar="FILE", help="Where to; - is standard output.")
+@COMPRESS
+@COMPRESS_LEVEL
 @pass_diskd
-def export(diskd: Diskd, image: str, full: bool, since: str | None, output: str) -> None:
+def export(
+    diskd: Diskd,
+    image: str,
+    full: bool,
+    since: str | None,
+    output: str,
+    compress: bool,
+    compress_level: int | None,
+) -> None:
     """Write an image as it is at this instant into a file, and keep a reference point of it.
 
     \b
     diskctl export web --full -o web.full          prints the point on stderr
     diskctl export web --since rp-... -o web.1     later: only what changed
     diskctl apply web.full copy.raw; diskctl apply web.1 copy.raw
+
+    With --compress the file's data is in zstd frames where that makes it shorter; apply takes it as it is.
     """
     from diskd.shell.export_file import export_image  # Kept out of --help's way.
 
     if full == (since is not None):
         raise UsageError("say either --full or --since POINT")
+    level = level_of(compress, compress_level)
     path = None if output == "-" else Path(output)
     if path is None and sys.stdout.isatty():
         raise OperatorError("an export is binary: send standard output into a file or a pipe")
@@ -39,7 +52,7 @@ def export(diskd: Diskd, image: str, full: bool, since: str | None, output: str)
         header, trailer = run_async(
             lambda: export_image(
                 diskd.address,
-                calls.ExportRequest(image, since),
+                calls.ExportRequest(image, since, compress_level=level),
                 path,
                 pipe=sys.stdout.fileno(),
                 key=diskd.key,

@@ -33,10 +33,12 @@ def target(root: Path, listen: Address, key_files: tuple[str, ...], log_level: s
     A point is there only when it is complete, verified and durable. `diskctl target --help` shows what
     can be asked of it.
     """
-    from diskd.shell.target import run_target  # Kept out of --help's way.
+    from diskd.shell.file_limit import raise_file_limit  # Kept out of --help's way.
+    from diskd.shell.target import run_target
 
     keys = [key for file in key_files or (None,) if (key := read_key(file)) is not None]
     set_up(level=log_level)
+    raise_file_limit()
 
     async def ready(address: Address) -> None:
         announce_ready(listen=str(address), control=str(address), root=str(root))

@@ -74,7 +74,8 @@ class Index:
 
 
 def parse_index(data: bytes) -> Index:
-    """A whole index file. The same rules as for a stream (stream.StreamDecoder). Raises Damaged."""
+    """A whole index file. The same rules as for a stream (stream.StreamDecoder), and besides that one disk
+    comes after the other. Raises Damaged."""
     decoder = StreamDecoder(payloads=False)
     try:
         decoder.feed(data[: PREFIX.size + HEADER_BYTES_MAX])
@@ -86,6 +87,8 @@ def parse_index(data: bytes) -> Index:
         raise _damaged("it is not complete")
     rows = np.frombuffer(data, dtype=ROW, offset=start)
     frames = rows[:-1]
+    if (np.diff(frames["disk"].astype(np.int64)) < 0).any():
+        raise _damaged("its frames are not one disk after the other")
     order = FrameOrder(decoder.opening, [disk.size_bytes for disk in header.disks])
     try:
         order.take_rows(data[start : len(data) - FRAME.size])

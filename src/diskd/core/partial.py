@@ -1,12 +1,13 @@
 """What a target has made durable of an export that is not complete: the record, and what it is bound to.
 
-    slot 0, slot 1      each 256 KiB of the file ``progress``, written in turn
-    slot                magic "HFPARTL1", sequence, length, BLAKE3 of the body, then the body (msgpack)
+    head                magic "HFPARTL2", size of a slot; what else there is of 4 KiB is zero
+    slot 0, slot 1      each as large as the record of all disks of the export can become, written in turn
+    slot                sequence, length, BLAKE3 of these two and the body, then the body (msgpack)
 
 A record is written only after everything that it speaks of has been synced, and acknowledged only after it
 has been synced itself; a torn one leaves the other slot. It names the digest of the stream's opening (so of
-the point and the whole plan) and of all frame headers so far: a stream with another opening cannot go on
-from it, and an index that does not match it is worth nothing.
+the point and the whole plan) and, of every disk that has begun, that of its frame headers so far: a stream
+with another opening cannot go on from it, and an index that does not match it is worth nothing.
 """
 
 import struct
@@ -19,29 +20,43 @@ from daemonkit.codec import decode, encode
 from daemonkit.errors import OperatorError, ProtocolError
 from daemonkit.schema import structure, unstructure
 from daemonkit.units import KiB
+from diskd.core.inventory import DISKS_MAX
+from diskd.core.qcow2 import CLUSTER_SIZES
 from diskd.core.qcow2_writer import WriterState
-from diskd.core.stream_frames import FRAME
 
-SLOT_BYTES: Final = 256 * KiB
-_SLOT: Final = struct.Struct(">8sQI32s")
-_MAGIC: Final = b"HFPARTL1"
+HEAD_BYTES: Final = 4 * KiB
+# Of a disk's writer: one L2 table and one cluster, each of the largest size; and the numbers.
+_DISK_BYTES_MAX: Final = 2 * max(CLUSTER_SIZES) + 1 * KiB
+_HEAD: Final = struct.Struct(">8sI")
+_SLOT: Final = struct.Struct(">QI")
+_DIGEST_BYTES: Final = 32
+_BODY_OFFSET: Final = _SLOT.size + _DIGEST_BYTES
+_MAGIC: Final = b"HFPARTL2"
+
+
+@attrs.frozen
+class DiskProgress:
+    """``frames`` of the disk with this number are in its files; ``headers_digest`` is the BLAKE3 of their
+    headers, in order; ``writer``: where the qcow2 file stands."""
+
+    disk: int
+    frames: int
+    data_bytes: int
+    headers_digest: bytes
+    writer: WriterState
 
 
 @attrs.frozen
 class Progress:
-    """``frames`` are in the files; ``index_bytes`` is opening and headers, whose BLAKE3 is ``index_digest``.
-
-    ``written``: the sizes of the files of the disks that are complete; ``data_bytes``: per disk of the
-    header; ``writer``: where the next disk's file stands.
-    """
+    """``disks``: those that have begun, by number."""
 
     opening_digest: bytes
-    frames: int
-    index_bytes: int
-    index_digest: bytes
-    written: list[int]
-    data_bytes: list[int]
-    writer: WriterState
+    disks: list[DiskProgress]
+
+    @property
+    def frames(self) -> int:
+        """Of all disks together."""
+        return sum(disk.frames for disk in self.disks)
 
 
 def opening_digest(opening: bytes) -> bytes:
@@ -49,27 +64,48 @@ def opening_digest(opening: bytes) -> bytes:
     return blake3(opening).digest()
 
 
-def pack_slot(sequence: int, progress: Progress) -> tuple[int, bytes]:
+def slot_bytes(disks: int) -> int:
+    """How much room the record of an export of so many disks needs."""
+    return HEAD_BYTES + disks * _DISK_BYTES_MAX
+
+
+def pack_head(disks: int) -> bytes:
+    """The beginning of the file, which says where the slots are."""
+    return _HEAD.pack(_MAGIC, slot_bytes(disks)).ljust(HEAD_BYTES, b"\0")
+
+
+def pack_slot(sequence: int, progress: Progress, disks: int) -> tuple[int, bytes]:
     """(offset in the file, bytes) of the record with this sequence number, which counts from 1."""
-    body = encode(unstructure(progress))
-    if _SLOT.size + len(body) > SLOT_BYTES:
+    body, size = encode(unstructure(progress)), slot_bytes(disks)
+    if _BODY_OFFSET + len(body) > size:
         raise ValueError(f"a record of {len(body)} bytes does not fit")
-    offset = sequence % 2 * SLOT_BYTES
-    return offset, _SLOT.pack(_MAGIC, sequence, len(body), blake3(body).digest()) + body
+    offset = HEAD_BYTES + sequence % 2 * size
+    numbers = _SLOT.pack(sequence, len(body))
+    return offset, numbers + blake3(numbers + body).digest() + body
+
+
+# So long a file can be at most.
+FILE_BYTES_MAX: Final = HEAD_BYTES + 2 * slot_bytes(DISKS_MAX)
 
 
 def newest(data: bytes) -> tuple[int, Progress] | None:
     """(sequence, record) from a whole file; None where neither slot holds one."""
-    found = [_unpack(data[start : start + SLOT_BYTES]) for start in (0, SLOT_BYTES)]
+    if len(data) < HEAD_BYTES:
+        return None
+    magic, size = _HEAD.unpack_from(data)
+    if magic != _MAGIC or not HEAD_BYTES <= size <= slot_bytes(DISKS_MAX):
+        return None
+    found = [_unpack(data[start : start + size]) for start in (HEAD_BYTES, HEAD_BYTES + size)]
     return max((one for one in found if one is not None), key=lambda one: one[0], default=None)
 
 
 def _unpack(slot: bytes) -> tuple[int, Progress] | None:
-    if len(slot) < _SLOT.size:
+    if len(slot) < _BODY_OFFSET:
         return None
-    magic, sequence, length, digest = _SLOT.unpack_from(slot)
-    body = slot[_SLOT.size : _SLOT.size + length]
-    if magic != _MAGIC or len(body) != length or blake3(body).digest() != digest:
+    sequence, length = _SLOT.unpack_from(slot)
+    body = slot[_BODY_OFFSET : _BODY_OFFSET + length]
+    digest = slot[_SLOT.size : _BODY_OFFSET]
+    if len(body) != length or blake3(slot[: _SLOT.size] + body).digest() != digest:
         return None
     try:
         return sequence, structure(Progress, decode(body), where="progress")
@@ -77,11 +113,12 @@ def _unpack(slot: bytes) -> tuple[int, Progress] | None:
         return None
 
 
-def is_sound(progress: Progress, *, opening_bytes: int, disks: int) -> bool:
-    """Whether its numbers fit an export of this plan."""
+def is_sound(progress: Progress, *, disks: int) -> bool:
+    """Whether its numbers fit an export of so many disks."""
+    numbers = [one.disk for one in progress.disks]
     return (
-        progress.frames > 0
-        and progress.index_bytes == opening_bytes + progress.frames * FRAME.size
-        and len(progress.data_bytes) == disks
-        and len(progress.written) < disks
+        numbers == sorted(set(numbers))
+        and all(0 <= number < disks for number in numbers)
+        and all(one.frames > 0 for one in progress.disks)
+        and progress.frames > 0
     )

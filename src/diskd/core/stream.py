@@ -3,12 +3,14 @@
     prefix   magic "HFEXPORT", version, length of the header            16 bytes
     header   msgpack: vm, point, base, kind, consistency, config, disks
     frame    kind, disk, number, offset, length, BLAKE3                 56 bytes, then the data if any
-    ...      in order of disk and offset, never overlapping
+    ...      of each disk in order of offset, never overlapping; of different disks in any order
     trailer  the same 56 bytes: kind "end", the count of frames, the bytes of data, the whole digest
 
-The whole digest covers prefix, header and every frame header in order, and through the digests in them
-every byte of data: so a stream without its payloads (``export.index`` in the repository) still proves
-what the payloads were. The same codec serves the socket, ``diskctl export -o FILE`` and the repository.
+The digest of a disk covers its frame headers in order, and through the digests in them every byte of its
+data; the whole digest covers prefix, header and the digests of all disks: so a stream without its payloads
+(``export.index`` in the repository) still proves what the payloads were, and the order in which several
+disks were read makes no difference. The same codec serves the socket, ``diskctl export -o FILE`` and the
+repository.
 
 Both directions are sans-I/O. ``StreamDecoder`` refuses, before it takes memory, whatever is out of
 order, out of bounds or incomplete; after an error it stays in error. Digests of payloads are checked by
@@ -34,19 +36,25 @@ from diskd.core.stream_frames import DIGEST_BYTES as DIGEST_BYTES
 from diskd.core.stream_frames import FRAME as FRAME
 from diskd.core.stream_frames import NO_DIGEST as NO_DIGEST
 from diskd.core.stream_frames import SECTOR_BYTES as SECTOR_BYTES
+from diskd.core.stream_frames import STORED as STORED
+from diskd.core.stream_frames import DiskOrder as DiskOrder
 from diskd.core.stream_frames import FrameBatch as FrameBatch
 from diskd.core.stream_frames import FrameHeader as FrameHeader
 from diskd.core.stream_frames import FrameKind as FrameKind
 from diskd.core.stream_frames import FrameOrder as FrameOrder
+from diskd.core.stream_frames import Places as Places
 from diskd.core.stream_frames import Rows as Rows
 from diskd.core.stream_frames import StreamError as StreamError
 from diskd.core.stream_frames import Trailer as Trailer
+from diskd.core.stream_frames import by_disk as by_disk
 from diskd.core.stream_frames import mismatch as mismatch
+from diskd.core.stream_frames import plain_header, stored_length
 from diskd.core.stream_frames import refuse as refuse
 from diskd.core.stream_frames import scan as scan
+from diskd.core.stream_zstd import Decompressor
 
 MAGIC: Final = b"HFEXPORT"
-VERSION: Final = 1
+VERSION: Final = 2
 PREFIX: Final = struct.Struct(">8sII")
 
 HEADER_BYTES_MAX: Final = 1 * MiB
@@ -104,7 +112,7 @@ class Frame:
     def check(self) -> None:
         """Raises StreamError unless the payload is what the source digested (B4)."""
         if self.header.kind is FrameKind.DATA and blake3(self.data).digest() != self.header.digest:
-            raise mismatch(self.header.number, self.header.offset)
+            raise mismatch(self.header)
 
 
 def is_point(text: str) -> bool:
@@ -136,7 +144,11 @@ def check_header(header: ExportHeader) -> None:
 
 
 class StreamEncoder:
-    """Writes a stream. The caller sends ``opening``, then frames in order, then ``finish()``."""
+    """Writes a stream. The caller sends ``opening``, then the frames of each disk in order, then
+    ``finish()``.
+
+    ``disks`` accounts for each disk's own frames: those who read several at once share nothing else.
+    """
 
     def __init__(self, header: ExportHeader) -> None:
         """Raises StreamError for a header that the other side would refuse."""
@@ -146,6 +158,7 @@ class StreamEncoder:
             refuse("the header is too long")
         self.opening: Final = PREFIX.pack(MAGIC, VERSION, len(body)) + body
         self._order = FrameOrder(self.opening, [disk.size_bytes for disk in header.disks])
+        self.disks: Final = self._order.disks
 
     @property
     def data_bytes(self) -> int:
@@ -158,17 +171,17 @@ class StreamEncoder:
         return self._order.frames
 
     def frame(self, kind: FrameKind, disk: int, offset: int, length: int, data: Any = None) -> bytes:
-        """The header of the next frame; ``data`` is the payload, which follows it on the wire."""
+        """The header of the disk's next frame; ``data`` is the payload, which follows it on the wire."""
         digest = NO_DIGEST if data is None else blake3(data).digest()
-        header = FrameHeader(kind, disk, self._order.frames, offset, length, digest)
+        header = FrameHeader(kind, disk, self.disks[disk].frames, offset, length, digest)
         packed = header.pack()
         self._order.take(packed, header)
         return packed
 
-    def take_rows(self, packed: bytes) -> None:
-        """Account for headers that the caller has packed itself, numbered from ``frames``. Raises StreamError
-        where they are no export: our own plan, or a receiver's memory of it, is wrong."""
-        self._order.take_rows(packed)
+    def take_rows(self, packed: bytes) -> Rows:
+        """Account for headers that a receiver has from an earlier connection. Raises StreamError where they
+        are no export: its memory of it is wrong."""
+        return self._order.take_rows(packed)
 
     def finish(self) -> bytes:
         """The trailer."""
@@ -188,16 +201,21 @@ def abort(reason: str) -> bytes:
 class StreamDecoder:
     """Feed bytes in any portions; take events out until None means "more bytes are needed".
 
-    ``payloads=False`` reads an index: the same stream without its data. ``opening`` holds prefix and
-    header, verbatim, once the header has been taken.
+    ``payloads=False`` reads an index: the same stream without its data. ``zstd=False`` is for who asked for
+    no compressed frames, and has no thread to spare for them. ``opening`` holds prefix and header,
+    verbatim, once the header has been taken.
     """
 
-    def __init__(self, *, payloads: bool = True) -> None:
+    def __init__(self, *, payloads: bool = True, zstd: bool = True) -> None:
         self._buffer = bytearray()
         self._taken = 0
         self._payloads = payloads
+        self._zstd = Decompressor() if zstd and payloads else None
         self._order: FrameOrder | None = None
         self._frame: FrameHeader | None = None
+        # Of a compressed frame: whether the frame is one, and how much of it follows once that is known.
+        self._is_stored = False
+        self._stored: int | None = None
         self._complete = False
         self.opening = b""
 
@@ -234,16 +252,34 @@ class StreamDecoder:
             if not isinstance(event, FrameHeader):
                 return event
             self._frame = event
-        size = self._frame.length if self._payloads and self._frame.kind is FrameKind.DATA else 0
-        if self._frame.kind is FrameKind.ABORT:
-            size = self._frame.length
-        data = self._take(size)
+        data = self._payload(self._frame)
         if data is None:
             return None
         frame, self._frame = self._frame, None
         if frame.kind is FrameKind.ABORT:
             raise StreamAborted(data.decode("utf-8", "replace"))
         return Frame(frame, data)
+
+    def _payload(self, frame: FrameHeader) -> bytes | None:
+        """What follows the header, once all of it is there."""
+        if self._is_stored:
+            return self._inflated(frame)
+        if frame.kind is FrameKind.ABORT or (frame.kind is FrameKind.DATA and self._payloads):
+            return self._take(frame.length)
+        return b""
+
+    def _inflated(self, frame: FrameHeader) -> bytes | None:
+        if self._stored is None:
+            length = self._take(STORED.size)
+            if length is None:
+                return None
+            self._stored = stored_length(length, 0, frame.length)
+        data = self._take(self._stored)
+        if data is None:
+            return None
+        self._is_stored, self._stored = False, None
+        assert self._zstd is not None
+        return self._zstd.decompress(data, frame.length)
 
     def take_rest(self) -> bytes:
         """What was fed and not yet taken, for whoever goes on with ``batch``."""
@@ -281,7 +317,7 @@ class StreamDecoder:
         if magic != MAGIC:
             refuse("this is not an export stream")
         if version != VERSION:
-            refuse(f"export stream version {version} is not known here, only {VERSION}")
+            refuse(f"export stream version {version} is not known here, only {VERSION}; make the export anew")
         if length > HEADER_BYTES_MAX:
             refuse(f"a header of {length} bytes is too long")
         view.release()
@@ -323,6 +359,10 @@ class StreamDecoder:
             if len(self._buffer) > self._taken:
                 refuse("bytes behind the end of the stream")
             return end
+        if kind is FrameKind.ZSTD:
+            if self._zstd is None:
+                refuse(f"frame {sequence} of disk {disk} is compressed, which nobody asked for")
+            kind, packed, self._is_stored = FrameKind.DATA, plain_header(packed), True
         header = FrameHeader(kind, disk, sequence, offset, length, digest)
         if kind is FrameKind.ABORT:
             if length > TEXT_BYTES_MAX:
@@ -351,15 +391,16 @@ class Ready:
 
 @attrs.frozen
 class Have:
-    """Before ``Ready``, to a source that resumes: the headers of the frames that are durable here, in order,
-    as many messages as it takes. The source goes on behind them."""
+    """Before ``Ready``, to a source that resumes: the headers of the frames that are durable here, those of
+    each disk in order, as many messages as it takes. The source goes on behind them, disk by disk."""
 
     headers: bytes
 
 
 @attrs.frozen
 class Ack:
-    """``taken`` frames are verified and written, ``durable`` of them synced."""
+    """``taken`` frames are verified and written, the first ``durable`` of them synced: counted in the order
+    in which they came, those that ``Have`` told first."""
 
     taken: int
     durable: int

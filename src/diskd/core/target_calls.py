@@ -208,11 +208,13 @@ class AuditReport:
 
 @attrs.frozen
 class ExportRequest:
-    """One image of a diskd, in full or since a point, to the caller. ``keep``: leave a reference point."""
+    """One image of a diskd, in full or since a point, to the caller. ``keep``: leave a reference point.
+    ``compress_level``: of zstd; 0 for none."""
 
     image: str
     since: str | None
     keep: bool = True
+    compress_level: int = 0
 
 
 POINTS_OFFERED: Final = Method("target.points", VmName, OfferedPoints)

@@ -36,15 +36,16 @@ from diskd.core.inventory import (
 from diskd.core.patience import Patience
 from diskd.core.ports import FrozenVm
 from diskd.core.stream import abort, is_point
+from diskd.core.stream_zstd import check_level
 from diskd.errors import Refused
 from diskd.shell.export import (
     CommittedOther,
     ExportSession,
-    Prepared,
     TargetLost,
     prepare_blocking,
     source_disks,
 )
+from diskd.shell.producing import Prepared
 
 CONTACT_SECONDS_MAX: Final = 10.0
 # Making a point durable takes two syncs of a disk; longer than this means that the disk is gone.
@@ -126,6 +127,7 @@ async def run_export(source: CheckpointSource, request: calls.ExportRequest, str
     try:
         if not NAME_PATTERN.fullmatch(request.image):
             raise Refused(f"{request.image[:80]!r} is not an image's name")
+        check_level(request.compress_level)
         frozen = await source.begin_checkpoint(request.image, [BackupDisk(request.image, request.image)], "")
     except (HoldfastError, OSError) as error:
         reason = str(error)
@@ -145,7 +147,7 @@ async def _export_frozen(frozen: FrozenVm, request: calls.ExportRequest, stream:
             prepared = await trio.to_thread.run_sync(prepare_blocking, frozen, request.since)
         except (HoldfastError, OSError) as error:
             return str(error)
-        await ExportSession(prepared).run(stream)
+        await ExportSession(prepared, compress_level=request.compress_level).run(stream)
         outcome = "keep" if request.keep else "discard"
     finally:
         with trio.move_on_after(END_SECONDS_MAX, shield=True):
@@ -155,6 +157,7 @@ async def _export_frozen(frozen: FrozenVm, request: calls.ExportRequest, stream:
 
 def check_request(request: BackupRequest) -> None:
     """Raises Refused with the remedy."""
+    check_level(request.compress_level)
     if request.mode == "since" and not (request.since and is_point(request.since)):
         raise Refused(f"{request.since!r} is not a reference point: rp- and 16 hex digits")
     if not NAME_PATTERN.fullmatch(request.vm):
@@ -349,7 +352,11 @@ class _Backup:
                 self.base = await self._base(client, offered)
                 self.prepared = await trio.to_thread.run_sync(prepare_blocking, self.frozen, self.base)
             before = self.session
-            session = ExportSession(self.prepared, finished=before.finished if before else None)
+            session = ExportSession(
+                self.prepared,
+                finished=before.finished if before else None,
+                compress_level=self.request.compress_level,
+            )
             session.durable = before.durable if before else 0
             with _answering(self.target):
                 stream = await client.open_stream(
@@ -399,14 +406,14 @@ class _Backup:
     async def _tell(self, session: ExportSession) -> None:
         total = session.prepared.data_bytes
         while True:
-            self.moved.note(trio.current_time(), session.sent_bytes, total)
+            self.moved.note(trio.current_time(), session.done_bytes, total)
             await self.report(
                 {
                     "step": "send",
                     "vm": self.request.vm,
                     "point": self.frozen.point,
                     "base": self.base,
-                    "done_bytes": session.sent_bytes,
+                    "done_bytes": session.done_bytes,
                     "total_bytes": total,
                     "bytes_per_second": self.moved.bytes_per_second,
                     "remaining_s": self.moved.remaining_s,
@@ -423,12 +430,12 @@ class _Backup:
             BackupDiskReport(
                 image=disk.image,
                 changed_bytes=disk.changed_bytes,
-                sent_bytes=data_bytes(plan),
+                sent_bytes=data_bytes(plan) - savings.saved_bytes,
                 exact=disk.exact,
                 digest=digest.hex(),
             )
-            for disk, plan, digest in zip(
-                prepared.header.disks, prepared.plans, summary.disk_digests, strict=True
+            for disk, plan, savings, digest in zip(
+                prepared.header.disks, prepared.plans, prepared.savings, summary.disk_digests, strict=True
             )
         ]
         return BackupReport(

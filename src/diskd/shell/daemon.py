@@ -5,14 +5,11 @@ the call itself), then no new NBD clients, then those that are there are sent ho
 closed. A second signal does not hurry it: an image that is not closed cleanly costs exactness at most.
 """
 
-import contextlib
-import resource
 import signal
 import socket
 from collections.abc import AsyncIterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Final
 
 import attrs
 import structlog
@@ -28,6 +25,7 @@ from diskd.shell.audit import register_audit
 from diskd.shell.backup import register_backup
 from diskd.shell.control import Control, Listening
 from diskd.shell.copies import register_copies
+from diskd.shell.file_limit import raise_file_limit
 from diskd.shell.image_settings import ImageSettings
 from diskd.shell.library import Library, open_library
 from diskd.shell.metrics import serve_metrics
@@ -37,9 +35,6 @@ from diskd.shell.san import San, register_san
 from diskd.shell.startup import check_surroundings
 from diskd.shell.statistics import read_all
 from diskd.shell.vitals import Vitals
-
-# Far above what 64 hosts need; a bound all the same, since some kernels pay for each possible one.
-_FILES_MAX: Final = 65536
 
 log = structlog.get_logger("daemon")
 
@@ -60,7 +55,7 @@ class Listen:
 
 async def run_daemon(root: Path, settings: Settings, listen: Listen, keys: Sequence[bytes]) -> None:
     """Serve ``root`` until SIGTERM or SIGINT. Raises OperatorError for what cannot be served."""
-    _raise_file_limit()
+    raise_file_limit()
     chosen = settings.library().shared_dir
     shared_dir = Path(chosen) if chosen is not None else ImageSettings().shared_dir
     await trio.to_thread.run_sync(check_surroundings, root, shared_dir)
@@ -68,14 +63,6 @@ async def run_daemon(root: Path, settings: Settings, listen: Listen, keys: Seque
         async with open_library(root, settings.library()) as library:
             await _serve(library, root, settings, listen, keys, signals)
     log.info("daemon.stopped")
-
-
-def _raise_file_limit() -> None:
-    """A connection takes a descriptor and an image several: the usual soft limit of 1,024 is soon reached."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    limit = _FILES_MAX if hard == resource.RLIM_INFINITY else min(hard, _FILES_MAX)
-    with contextlib.suppress(OSError, ValueError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
 
 
 async def _serve(

@@ -36,6 +36,8 @@ WINDOW_BYTES: Final = 8 << 20
 SILENCE_SECONDS_MAX: Final = 120.0
 WORKING_SECONDS: Final = 2.0
 _RECEIVE_BYTES: Final = 1 << 20
+# What is decompressed at once, at most: the bytes received at once may stand for ten thousand times as many.
+_TAKEN_BYTES_MAX: Final = 4 << 20
 
 Progress = Callable[[int], None]
 
@@ -47,7 +49,8 @@ class Output(Protocol):
     """Where an export goes; called in worker threads."""
 
     def take(self, data: bytes, events: list[Event]) -> None:
-        """The next bytes of the stream, and what ends in them. Raises StreamError, OSError."""
+        """Events, and then the bytes of the stream that they ended in; events that end in the same bytes may
+        come in several calls, the bytes with the last of them. Raises StreamError, OSError."""
         ...
 
     def publish(self) -> None:
@@ -148,30 +151,56 @@ async def _take(
     on_progress: Progress,
     say: Callable[[Reply], Awaitable[None]],
 ) -> tuple[ExportHeader, Trailer]:
-    decoder = StreamDecoder()
-    header: ExportHeader | None = None
-    frames = done = 0
+    intake = _Intake(output)
     while True:
-        data = await _some(stream, decoder)
-        decoder.feed(data)
+        data = await _some(stream, intake.decoder)
+        before = intake.frames
+        await trio.to_thread.run_sync(intake.take_blocking, data)
+        header, trailer = intake.header, intake.trailer
+        if header is not None and not intake.is_ready:
+            intake.is_ready = True
+            await say(Ready(WINDOW_BYTES))
+        if header is not None and trailer is not None:
+            await trio.to_thread.run_sync(output.publish)
+            await say(Committed(header.point, trailer.digest.hex()))
+            return header, trailer
+        if intake.frames > before:
+            await say(Ack(intake.frames, 0))
+            on_progress(intake.done_bytes)
+
+
+class _Intake:
+    """Takes the stream apart, and says how far it is. ``is_ready``: the source was told to go on."""
+
+    def __init__(self, output: Output) -> None:
+        self.decoder = StreamDecoder()
+        self.header: ExportHeader | None = None
+        self.trailer: Trailer | None = None
+        self.frames = 0
+        self.done_bytes = 0
+        self.is_ready = False
+        self._output = output
+
+    def take_blocking(self, data: bytes) -> None:
+        """For a worker thread. Raises StreamError, StreamAborted, OSError, trio.Cancelled."""
+        self.decoder.feed(data)
         events: list[Event] = []
-        while (found := decoder.next_event()) is not None:
-            events.append(found)
-        await trio.to_thread.run_sync(output.take, data, events)
-        for event in events:
+        size = 0
+        while (event := self.decoder.next_event()) is not None:
+            events.append(event)
             if isinstance(event, ExportHeader):
-                header = event
-                await say(Ready(WINDOW_BYTES))
-            elif isinstance(event, Frame):
-                frames += 1
-                done += len(event.data)
-            elif header is not None:
-                await trio.to_thread.run_sync(output.publish)
-                await say(Committed(header.point, event.digest.hex()))
-                return header, event
-        if events:
-            await say(Ack(frames, 0))
-            on_progress(done)
+                self.header = event
+            elif isinstance(event, Trailer):
+                self.trailer = event
+            else:
+                self.frames += 1
+                self.done_bytes += len(event.data)
+                size += len(event.data)
+            if size >= _TAKEN_BYTES_MAX:
+                self._output.take(b"", events)
+                events, size = [], 0
+                trio.from_thread.check_cancelled()
+        self._output.take(data, events)
 
 
 async def _some(stream: trio.abc.Stream, decoder: StreamDecoder) -> bytes:

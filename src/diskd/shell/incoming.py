@@ -1,8 +1,10 @@
 """A point in the making: a temporary directory beside the committed ones, until it is verified (B5).
 
-    make .incoming-POINT    qcow2 files, index and vm.toml are written; written back meanwhile
-    sync and verify         side by side: the new point is opened like any other and read again, against its
-                            base, while the disk takes what is left
+    make .incoming-POINT    vm.toml; of each disk, from its first frame on, a qcow2 file and a part of the
+                            index (incoming_disk.py); written back meanwhile
+    sync and verify         the parts of the index are put together; then, side by side: the new point is
+                            opened like any other and read again, against its base, while the disk takes what
+                            is left
     manifest.json           written and synced last, then the directory is synced
     rename                  .incoming-POINT becomes POINT, then the VM's directory is synced: committed
 
@@ -24,7 +26,6 @@ import attrs
 from blake3 import blake3
 
 from daemonkit.errors import HoldfastError
-from daemonkit.units import KiB, MiB
 from diskd.core.catalog import (
     CONFIG,
     INDEX,
@@ -36,9 +37,17 @@ from diskd.core.catalog import (
     disk_file,
     encode_manifest,
 )
-from diskd.core.partial import SLOT_BYTES, Progress, is_sound, newest, opening_digest, pack_slot
-from diskd.core.qcow2 import FULL_CLUSTER_BYTES
-from diskd.core.qcow2_writer import Qcow2Writer, Share
+from diskd.core.partial import (
+    FILE_BYTES_MAX,
+    DiskProgress,
+    Progress,
+    is_sound,
+    newest,
+    opening_digest,
+    pack_head,
+    pack_slot,
+)
+from diskd.core.qcow2_writer import Share
 from diskd.core.stream import (
     HAVE_BYTES_MAX,
     HEADER_BYTES_MAX,
@@ -46,32 +55,27 @@ from diskd.core.stream import (
     ExportHeader,
     Frame,
     FrameBatch,
-    FrameKind,
     Rows,
     StreamDecoder,
     StreamError,
     Trailer,
+    by_disk,
 )
 from diskd.errors import Damaged, Refused
 from diskd.shell.chain_view import OpenPoint, open_point
+from diskd.shell.incoming_disk import DiskPlan, IncomingDisk
+from diskd.shell.incoming_disk import Unusable as Unusable
 from diskd.shell.repository_files import RepositoryFiles, digest_file
 from diskd.shell.verify import Stop, verify_content
 from diskd.shell.work import Poll
 
-# Dirty pages go to the disk in such portions while more is received, so that the final sync is short.
-WRITEBACK_BYTES: Final = 16 * MiB
-# Smaller writes are gathered as long as they follow one another.
-STAGED_BYTES: Final = 256 * KiB
-_INDEX_BUFFER_BYTES: Final = 1 * MiB
 PROGRESS: Final = "progress"
+# One per disk, named by its number; no disk's file can have such a name.
+_INDEX_PART: Final = "index."
 
 
 class Uncertain(HoldfastError):
     """Only the next look at the disk tells whether the point is committed: its source asks later (B3)."""
-
-
-class Unusable(HoldfastError):
-    """What is left of an unfinished point is not what its record says: it begins anew."""
 
 
 @attrs.frozen(eq=False)
@@ -85,10 +89,10 @@ class Snapshot:
 def unfinished(path: Path) -> tuple[int, Progress] | None:
     """(sequence, record) of what a broken export left in ``path``, whatever plan it is of. Raises OSError."""
     try:
-        data = (path / PROGRESS).read_bytes()
+        with (path / PROGRESS).open("rb") as file:
+            return newest(file.read(FILE_BYTES_MAX))
     except FileNotFoundError:
         return None
-    return newest(data[: 2 * SLOT_BYTES])
 
 
 def index_header(path: Path) -> ExportHeader:
@@ -129,23 +133,15 @@ class Incoming:
         self._path = temporary
         self._chain = chain
         self._stack = ExitStack()
-        self._writing_back = 0
-        self._written: list[tuple[int, int]] = []
         self._base: OpenPoint | None = None
-        self._disk = -1
-        self._descriptor = -1
-        self._writer: Qcow2Writer | None = None
-        self._data_bytes = [0] * len(header.disks)
-        self._staged = bytearray()
-        self._staged_offset = 0
+        self._disks: dict[int, IncomingDisk] = {}
+        self._sizes: list[int] = []
         self._opening = opening
         self._index = -1
-        self._index_buffer = bytearray(opening)
-        self._index_bytes = 0
-        self._index_hash = blake3()
+        self._index_bytes = len(opening)
         self._turn = threading.Lock()
+        self._is_complete = False
         self._has_new_names = False
-        self._synced = 0
         self._progress = -1
         self._sequence = 0
         try:
@@ -157,7 +153,7 @@ class Incoming:
             files.make_directory(temporary)
             files.write_file(temporary / CONFIG, header.config.encode())
             self._index = self._create(INDEX)
-            self._next_disk()
+            files.write(self._index, 0, opening)
         except (OSError, HoldfastError):
             self.discard()
             raise
@@ -165,50 +161,21 @@ class Incoming:
     def frame(self, frame: Frame) -> None:
         """Verify one frame's data and write it. Raises StreamError, Refused, Damaged, OSError."""
         frame.check()
-        header = frame.header
-        while self._disk < header.disk:
-            self._next_disk()
-        assert self._writer is not None
-        if header.kind is FrameKind.DATA:
-            self._writer.data(header.offset, frame.data)
-            self._data_bytes[header.disk] += header.length
-        else:
-            self._writer.zero(header.offset, header.length)
-        self._index_buffer += header.pack()
-        if len(self._index_buffer) >= _INDEX_BUFFER_BYTES:
-            self._flush_index()
+        self._disk(frame.header.disk).frame(frame.header, frame.data)
         self.taken += 1
 
     def batch(self, batch: FrameBatch, rows: Rows) -> None:
         """Write many frames, whose data has been verified (FrameBatch.check_data). Raises as ``frame``."""
         with self._turn:
-            self._batch(batch, rows)
-
-    def _batch(self, batch: FrameBatch, rows: Rows) -> None:
-        disks, kinds = rows["disk"].tolist(), rows["kind"].tolist()
-        offsets, lengths = rows["offset"].tolist(), rows["length"].tolist()
-        for number, (disk, kind) in enumerate(zip(disks, kinds, strict=True)):
-            while self._disk < disk:
-                self._next_disk()
-            assert self._writer is not None
-            length = lengths[number]
-            if kind == FrameKind.DATA:
-                self._writer.data(offsets[number], batch.payload(number, length))
-                self._data_bytes[disk] += length
-            else:
-                self._writer.zero(offsets[number], length)
-        self._index_buffer += batch.packed
-        if len(self._index_buffer) >= _INDEX_BUFFER_BYTES:
-            self._flush_index()
-        self.taken += len(batch)
+            for number, places in by_disk(rows):
+                self._disk(number).batch(batch, rows, places)
+            self.taken += len(batch)
 
     def commit(self, trailer: Trailer, *, source_digest: str, committed_at: str, poll: Poll) -> Manifest:
         """Verify everything; then only ``publish`` is left to do. Raises Damaged, OSError."""
-        while self._disk < len(self.header.disks) - 1:
-            self._next_disk()
-        self._finish_disk()
-        self._index_buffer += trailer.pack()
-        self._flush_index()
+        self._is_complete = True
+        self._sizes = [self._disk(number).finish() for number in range(len(self.header.disks))]
+        self._join_index(trailer)
         manifest = self._manifest(trailer, source_digest, committed_at)
         # While the disk takes what is still dirty, everything is read again: digests of files and of frames
         # are the same work twice, so two threads do it.
@@ -224,6 +191,8 @@ class Incoming:
         if self._progress >= 0:
             self.durable = 0
             self._files.remove(self._path / PROGRESS)
+        for number in self._disks:
+            self._files.remove(self._path / f"{_INDEX_PART}{number}")
         self._files.sync_directory(self._path)
         self._files.write_file(self._path / MANIFEST, encode_manifest(manifest))
         self._files.sync_directory(self._path)
@@ -245,36 +214,36 @@ class Incoming:
     def snapshot(self) -> Snapshot | None:
         """What could be recorded now; None where nothing is new, or the commit has begun. Raises OSError."""
         with self._turn:
-            if self._writer is None or self.taken == self.durable:
+            if self._is_complete or self.taken == self.durable:
                 return None
-            writer = self._writer.save()
-            self._flush_staged()
-            self._flush_index()
-            progress = Progress(
-                opening_digest=opening_digest(self._opening),
-                frames=self.taken,
-                index_bytes=self._index_bytes,
-                index_digest=self._index_hash.digest(),
-                written=[size for _, size in self._written],
-                data_bytes=list(self._data_bytes),
-                writer=writer,
-            )
-            unsynced = [descriptor for descriptor, _ in self._written[self._synced :]]
-            return Snapshot(progress, [*unsynced, self._descriptor, self._index])
+            disks: list[DiskProgress] = []
+            descriptors = [] if self.durable else [self._index]
+            for _, disk in sorted(self._disks.items()):
+                if not disk.frames:
+                    continue
+                if disk.recorded is not None and not disk.has_news:
+                    disks.append(disk.recorded)
+                else:
+                    disks.append(disk.progress())
+                    descriptors += [disk.descriptor, disk.index]
+            return Snapshot(Progress(opening_digest(self._opening), disks), descriptors)
 
     def keep(self, snapshot: Snapshot) -> None:
         """Make it durable, then say so. Other batches may be written meanwhile. Raises OSError."""
+        disks = len(self.header.disks)
         if self._progress < 0:
             self._progress = self._create(PROGRESS)
+            self._files.write(self._progress, 0, pack_head(disks))
         for descriptor in snapshot.descriptors:
             self._files.sync(descriptor)
         if self._has_new_names:
             self._has_new_names = False
             self._files.sync_directory(self._path)
-        self._files.write(self._progress, *pack_slot(self._sequence + 1, snapshot.progress))
+        self._files.write(self._progress, *pack_slot(self._sequence + 1, snapshot.progress, disks))
         self._files.sync(self._progress)
         self._sequence += 1
-        self._synced = len(snapshot.progress.written)
+        for recorded in snapshot.progress.disks:
+            self._disks[recorded.disk].recorded = recorded
         self.durable = snapshot.progress.frames
 
     def suspend(self) -> None:
@@ -291,59 +260,32 @@ class Incoming:
 
     def known(self) -> Iterator[bytes]:
         """The headers of the frames that a resumed one begins with, in portions for ``Have``."""
-        offset, end = len(self._opening), self._index_bytes
-        while offset < end:
-            data = os.pread(self._index, min(HAVE_BYTES_MAX, end - offset), offset)
-            if not data:
-                raise Damaged(f"{self._path.name}/{INDEX}: it ends early")
-            yield data
-            offset += len(data)
+        for _, disk in sorted(self._disks.items()):
+            yield from disk.headers(HAVE_BYTES_MAX)
 
     def _reopen(self, sequence: int, progress: Progress) -> None:
         """Raises Unusable."""
-        if not is_sound(progress, opening_bytes=len(self._opening), disks=len(self.header.disks)):
+        if not is_sound(progress, disks=len(self.header.disks)):
             raise Unusable("the record does not fit the export")
         try:
             self._sequence, self._progress = sequence, self._open(PROGRESS)
-            self._reopen_index(progress)
-            for number, size in enumerate(progress.written):
-                descriptor = self._open(disk_file(self.header.disks[number].name))
-                if os.fstat(descriptor).st_size != size:
-                    raise Unusable(f"{disk_file(self.header.disks[number].name)} has another size")
-                self._written.append((descriptor, size))
-            self._synced = len(self._written)
-            self._disk = self._synced - 1
-            self._remove_unrecorded()
-            self._start_disk(self._open)
-            assert self._writer is not None
-            offset, length = self._writer.l1_bytes
-            l1 = os.pread(self._descriptor, length, offset).ljust(length, b"\0")
-            self._files.set_size(self._descriptor, self._writer.restore(progress.writer, l1))
+            self._index = self._open(INDEX)
+            if os.pread(self._index, len(self._opening), 0) != self._opening:
+                raise Unusable(f"{INDEX} is not what was recorded")
+            self._files.set_size(self._index, len(self._opening))
+            self._remove_unrecorded({disk.disk for disk in progress.disks})
+            for recorded in progress.disks:
+                self._open_disk(recorded.disk, self._open).restore(recorded)
         except (OSError, Refused) as error:
             raise Unusable(str(error)) from error
-        self._data_bytes = list(progress.data_bytes)
         self.taken = self.durable = progress.frames
 
-    def _remove_unrecorded(self) -> None:
+    def _remove_unrecorded(self, recorded: set[int]) -> None:
         """The files of disks that began after the record: they are made anew, and must not be in the way."""
-        for disk in self.header.disks[self._synced + 1 :]:
-            path = self._path / disk_file(disk.name)
-            if path.exists():
-                self._files.remove(path)
-
-    def _reopen_index(self, progress: Progress) -> None:
-        self._index = self._open(INDEX)
-        self._index_buffer.clear()
-        while self._index_bytes < progress.index_bytes:
-            wanted = min(_INDEX_BUFFER_BYTES, progress.index_bytes - self._index_bytes)
-            data = os.pread(self._index, wanted, self._index_bytes)
-            if not data:
-                raise Unusable(f"{INDEX} is too short")
-            self._index_hash.update(data)
-            self._index_bytes += len(data)
-        if self._index_hash.digest() != progress.index_digest:
-            raise Unusable(f"{INDEX} is not what was recorded")
-        self._files.set_size(self._index, progress.index_bytes)
+        for number, disk in enumerate(self.header.disks):
+            for name in (disk_file(disk.name), f"{_INDEX_PART}{number}"):
+                if number not in recorded and (self._path / name).exists():
+                    self._files.remove(self._path / name)
 
     def discard(self) -> None:
         """Close and remove everything of it."""
@@ -362,76 +304,40 @@ class Incoming:
         self._stack.callback(os.close, descriptor)
         return descriptor
 
-    def _next_disk(self) -> None:
-        if self._writer is not None:
-            self._finish_disk()
-        self._start_disk(self._create)
+    def _disk(self, number: int) -> IncomingDisk:
+        """The disk with this number, begun with its first frame."""
+        if number not in self._disks:
+            self._open_disk(number, self._create)
+        return self._disks[number]
 
-    def _start_disk(self, make: Callable[[str], int]) -> None:
-        self._disk += 1
-        disk = self.header.disks[self._disk]
-        descriptor = self._descriptor = make(disk_file(disk.name))
-        self._writing_back = 0
-        base, backing = None, None
+    def _open_disk(self, number: int, make: Callable[[str], int]) -> IncomingDisk:
+        header = self.header.disks[number]
+        plan = DiskPlan(number, header)
         if self._base is not None and self.header.base is not None:
-            base = self._base.views[disk.name]
-            backing = backing_name(self.header.base, disk.name)
-        self._writer = Qcow2Writer(
-            lambda offset, data: self._write(descriptor, offset, data),
-            size_bytes=disk.size_bytes,
-            cluster_bytes=disk.cluster_bytes if backing else FULL_CLUSTER_BYTES,
-            backing=backing,
-            base=base,
-            share=self._share_into(descriptor, disk.name) if self._share_into else None,
-        )
+            backing = backing_name(self.header.base, header.name)
+            plan = attrs.evolve(plan, backing=backing, base=self._base.views[header.name])
+        if (share_into := self._share_into) is not None:
+            plan = attrs.evolve(plan, share=lambda descriptor: share_into(descriptor, header.name))
+        file, index = make(disk_file(header.name)), make(f"{_INDEX_PART}{number}")
+        disk = self._disks[number] = IncomingDisk(self._files, plan, file, index)
+        return disk
 
-    def _finish_disk(self) -> None:
-        assert self._writer is not None
-        size = self._writer.finish()
-        self._flush_staged()
-        self._files.set_size(self._descriptor, size)
-        self._written.append((self._descriptor, size))
-        self._writer = None
+    def _join_index(self, trailer: Trailer) -> None:
+        """One disk after the other, whatever the order in which their frames came."""
+        for _, disk in sorted(self._disks.items()):
+            for data in disk.headers():
+                self._append_to_index(data)
+        self._append_to_index(trailer.pack())
 
-    def _write(self, descriptor: int, offset: int, data: bytes | memoryview) -> None:
-        # The clusters of a scattered differential follow one another in the file: written one by one they
-        # would cost a system call each.
-        end = self._staged_offset + len(self._staged)
-        if len(data) >= STAGED_BYTES or (self._staged and offset != end):
-            self._flush_staged()
-        if len(data) >= STAGED_BYTES:
-            self._write_now(descriptor, offset, data)
-            return
-        if not self._staged:
-            self._staged_offset = offset
-        self._staged += data
-        if len(self._staged) >= STAGED_BYTES:
-            self._flush_staged()
-
-    def _flush_staged(self) -> None:
-        if self._staged:
-            self._write_now(self._descriptor, self._staged_offset, self._staged)
-            self._staged = bytearray()
-
-    def _write_now(self, descriptor: int, offset: int, data: bytes | bytearray | memoryview) -> None:
-        self._files.write(descriptor, offset, memoryview(data))
-        # The writer allocates in ascending order: what lies behind is not touched again, but for its header.
-        end = offset + len(data)
-        if end - self._writing_back >= WRITEBACK_BYTES:
-            self._files.start_writeback(descriptor, self._writing_back, end - self._writing_back)
-            self._writing_back = end
+    def _append_to_index(self, data: bytes) -> None:
+        self._files.write(self._index, self._index_bytes, data)
+        self._index_bytes += len(data)
 
     def _sync_all(self) -> None:
-        for descriptor, _ in self._written:
-            self._files.sync(descriptor)
+        for disk in self._disks.values():
+            self._files.sync(disk.descriptor)
         self._files.sync(self._index)
         self.durable = self.taken
-
-    def _flush_index(self) -> None:
-        self._files.write(self._index, self._index_bytes, bytes(self._index_buffer))
-        self._index_hash.update(self._index_buffer)
-        self._index_bytes += len(self._index_buffer)
-        self._index_buffer.clear()
 
     def _with_digests(self, manifest: Manifest, poll: Poll) -> Manifest:
         def digested(file: FileDigest) -> FileDigest:
@@ -445,19 +351,20 @@ class Incoming:
         header = self.header
         disks = []
         for number, disk in enumerate(header.disks):
+            taken = self._disks[number]
             disks.append(
                 DiskRecord(
                     name=disk.name,
                     image=disk.image,
                     virtual_size=disk.size_bytes,
                     block_size=disk.block_bytes,
-                    cluster_size=disk.cluster_bytes if header.base else FULL_CLUSTER_BYTES,
+                    cluster_size=taken.plan.cluster_bytes,
                     changed_bytes=disk.changed_bytes,
-                    data_bytes=self._data_bytes[number],
+                    data_bytes=taken.data_bytes,
                     exact=disk.exact,
                     over_report_bytes=disk.over_report_bytes,
                     digest=trailer.disk_digests[number].hex(),
-                    file=FileDigest(disk_file(disk.name), self._written[number][1], ""),
+                    file=FileDigest(disk_file(disk.name), self._sizes[number], ""),
                 )
             )
         config = header.config.encode()

@@ -1,8 +1,10 @@
 """The receiving side of an export: from the socket into large reused buffers, from there into the files.
 
-Two worker threads side by side, each one hop per buffer: one receives, finds the frames and verifies their
-digests; the other writes what was verified. Nothing is copied but the frame that a buffer's end cuts in two.
-Memory is the buffers; what may be on its way is the window that the source was told.
+Two worker threads side by side, each one hop per buffer: one receives, finds the frames, decompresses what
+came compressed, and verifies the digests; the other writes what was verified. Nothing else is copied but what
+a buffer's end, or the bound on what is decompressed at once, leaves for the next turn. Memory is the buffers,
+and at most as much again for what was compressed; what may be on its way is the window that the source was
+told.
 """
 
 import contextlib
@@ -29,11 +31,13 @@ from diskd.core.stream import (
     Working,
     encode_reply,
 )
+from diskd.core.stream_zstd import Decompressor
 from diskd.shell.bulk import BulkSocket
 
 WORKING_SECONDS: Final = 2.0
 SEND_SECONDS_MAX: Final = 30.0
 _RECEIVE_BYTES: Final = 64 * KiB
+_FRAMES: Final = (FrameKind.DATA, FrameKind.ZERO, FrameKind.HOLE, FrameKind.ZSTD)
 BUFFERS: Final = 4
 BUFFER_BYTES: Final = 4 * (DATA_BYTES_MAX + 16 * KiB)
 
@@ -55,6 +59,7 @@ class FrameReceiver:
         self._bulk = bulk
         self._decoder = decoder
         self._rest = rest
+        self._inflate = Decompressor().decompress
         self.trailer: Trailer | None = None
 
     def receive_blocking(self, buffer: bytearray) -> Received:
@@ -65,10 +70,10 @@ class FrameReceiver:
         while True:
             batch, rows = self._decoder.batch(view[:filled])
             if len(batch):
-                batch.check_data(rows)
+                batch.check_data(rows, self._inflate)
                 self._rest = bytes(view[batch.used : filled])
                 return Received(batch, rows, buffer)
-            if filled and view[0] not in (FrameKind.DATA, FrameKind.ZERO, FrameKind.HOLE):
+            if filled and view[0] not in _FRAMES:
                 self._take_end(view, filled)
                 return Received(batch, rows, buffer)
             filled += self._more(view[filled:])

@@ -309,11 +309,10 @@ class Repository:
             )
             is_durable = True
             try:
-                for number, (disk, offset, data) in enumerate(frames):
+                for disk, offset, data in frames:
                     poll()
                     packed = encoder.frame(FrameKind.DATA, disk, offset, len(data), data)
-                    frame = FrameHeader(FrameKind.DATA, disk, number, offset, len(data), packed[-32:])
-                    incoming.frame(Frame(frame, data))
+                    incoming.frame(Frame(FrameHeader.unpack(packed), data))
                     count(poll, len(data))
                     copied += len(data)
                 begin(poll, "verify", point, copied)

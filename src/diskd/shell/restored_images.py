@@ -48,7 +48,7 @@ async def restore_images(
         raise Refused(f"{request.point[:80]!r} is not a point: rp- and 16 hex digits")
     point = calls.PointName(request.vm, request.point)
     async with point_stream(Address.parse(request.target), point, key) as stream:
-        decoder = StreamDecoder()
+        decoder = StreamDecoder(zstd=False)
         header = await next_event(decoder, stream)
         if not isinstance(header, ExportHeader) or (header.vm, header.point) != (request.vm, request.point):
             raise StreamError("the target sent something else than was asked for")

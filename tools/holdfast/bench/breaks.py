@@ -419,9 +419,9 @@ BREAKS: tuple[Break, ...] = (
         "resumed-without-looking",
         "B4",
         "a source goes on behind whatever the target says it has",
-        "src/diskd/shell/export.py",
-        "if self._next != (disk, Run(kind, offset, length)):",
-        "if False:",
+        "src/diskd/shell/producing.py",
+        "if self._next is None or run != (self._next.kind, self._next.offset, self._next.length):",
+        "if self._next is None:",
         ("tests/shell/test_diskd_resume.py",),
     ),
     Break(

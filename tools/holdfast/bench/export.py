@@ -5,6 +5,8 @@ cached, so that the copying is measured and not a disk's reading. Two rows per c
 where no disk is waited for, and *durable* on the disk of TMPDIR. What each does besides copying:
 
     holdfast    a checkpoint, digests at both ends, qcow2, everything read again and verified, fsync
+    2 disks     the same of as many bytes in two images of half the size, which are read at once
+    zstd        the same with --compress of as many bytes, of which half are random; the others send noise
     nbdcopy     --flush: fsync at the end; a raw file
     qemu-img    convert, -t writeback: flush at the end; a qcow2 file, out of order (-W)
 
@@ -23,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +36,12 @@ from rich.table import Table
 
 from daemonkit.cli import SIZE, run_main
 from daemonkit.errors import OperatorError
-from daemonkit.units import MiB, format_size
+from daemonkit.units import KiB, MiB, format_size
 from holdfast.bench.servers import BenchFailed, cpu_seconds
 
 MEMORY_DIRECTORY = Path("/dev/shm")
 COPY_SECONDS_MAX = 300
+PIECE_BYTES = 16 * KiB
 STOP_SECONDS_MAX = 20.0
 BINARIES = Path(sys.executable).parent
 
@@ -79,11 +83,29 @@ def run(*argv: str) -> str:
     return done.stdout
 
 
-def fill(path: Path, size_bytes: int) -> None:
-    """Bytes that nothing can shorten."""
+def fill(path: Path, size_bytes: int, *, random_share: float = 1) -> None:
+    """Bytes of which nothing can shorten the random ones, which are spread over small pieces."""
+    piece = os.urandom(PIECE_BYTES)
+    count = int(PIECE_BYTES * random_share)
     with path.open("wb") as file:
-        for _ in range(0, size_bytes, MiB):
-            file.write(os.urandom(MiB))
+        for _ in range(0, size_bytes, PIECE_BYTES):
+            file.write(os.urandom(count) + piece[count:])
+
+
+def holdfast(
+    diskctl: list[str], target: str, repository: Path, pids: tuple[int, int], *options: str
+) -> Contender:
+    """Full backups; ``options`` name the images."""
+
+    def copy() -> Copied:
+        before = sum(map(cpu_seconds, pids))
+        backup = ["backup", "--vm", "bench", "--full", "--json", "--target", target]
+        report = json.loads(run(*diskctl, *backup, *options).splitlines()[-1])
+        used = sum(map(cpu_seconds, pids)) - before
+        shutil.rmtree(repository / "bench" / report["point"])
+        return Copied(report["seconds"], used)
+
+    return copy
 
 
 def peer(out: Path, source_pid: int, *argv: str) -> Contender:
@@ -114,31 +136,20 @@ def contenders(directory: Path, size_bytes: int, stack: contextlib.ExitStack) ->
         daemon(directory, "target", "--root", str(repository), "--listen", "127.0.0.1:0")
     )
     diskctl = [str(BINARIES / "diskctl"), "--control", ready["control"]]
-    fill(directory / "content", size_bytes)
-    run(*diskctl, "image", "import", "disk", str(directory / "content"))
-    (directory / "content").unlink()
+    half = max(MiB, size_bytes // 2)
+    images = {"disk": (size_bytes, 1.0), "one": (half, 1.0), "two": (half, 1.0), "text": (size_bytes, 0.5)}
+    for image, (size, share) in images.items():
+        fill(directory / "content", size, random_share=share)
+        run(*diskctl, "image", "import", image, str(directory / "content"))
+        (directory / "content").unlink()
     uri = f"nbd://{ready['nbd']}/disk"
 
-    def holdfast() -> Copied:
-        before = cpu_seconds(source_pid) + cpu_seconds(target_pid)
-        lines = run(
-            *diskctl,
-            "backup",
-            "--vm",
-            "bench",
-            "--image",
-            "disk",
-            "--full",
-            "--json",
-            "--target",
-            target["listen"],
-        ).splitlines()
-        report = json.loads(lines[-1])
-        used = cpu_seconds(source_pid) + cpu_seconds(target_pid) - before
-        shutil.rmtree(repository / "bench" / report["point"])
-        return Copied(report["seconds"], used)
-
-    found: dict[str, Contender] = {"holdfast": holdfast}
+    ours = partial(holdfast, diskctl, target["listen"], repository, (source_pid, target_pid))
+    found: dict[str, Contender] = {
+        "holdfast": ours("--image", "disk"),
+        "holdfast, 2 disks": ours("--image", "one", "--image", "two"),
+        "holdfast, zstd": ours("--image", "text", "--compress"),
+    }
     if shutil.which("nbdcopy"):
         found["nbdcopy"] = peer(out, source_pid, "nbdcopy", "--flush", uri)
     if shutil.which("qemu-img"):
