@@ -517,3 +517,16 @@ async def test_the_avhd_in_a_snapshot_is_as_new_as_its_map_says(tmp_path):
             ]  # fmt: skip
             await _end(san)(calls.SanEnd(made.point, "keep"), Call("test", nothing))
             await place.gone()
+
+
+async def test_a_snapshot_that_cannot_be_recorded_is_not_asked_for(tmp_path):
+    with place_on("command", tmp_path) as place:
+        async with place.serving() as (library, san):
+            (place.root / "san").write_text("in the way")
+            with pytest.raises(OSError, match="exists"):
+                await _begin(san)(calls.SanBegin("fast", "web", DISKS, "", None), Call("test", nothing))
+            assert os.listdir(place.snapshots) == []
+            with trio.fail_after(20):
+                while library.checkpoints():  # noqa: ASYNC110 - no event tells it from outside
+                    await trio.sleep(0.01)
+            assert library.points("a") == []
