@@ -9,7 +9,7 @@ import trio
 from diskd_library import BLOCK, SIZE, disks, frozen_bytes, get, opened, put, serving, until
 
 from daemonkit.units import KiB, MiB
-from diskd.errors import NoSuchPoint, Refused
+from diskd.errors import NoSuchExport, NoSuchPoint, Refused
 
 
 async def test_an_image_is_created_listed_written_and_deleted(tmp_path):
@@ -192,6 +192,9 @@ async def test_a_pending_point_waits_to_be_settled(tmp_path):
         export.close()
         await until(lambda: {info.state for info in library.checkpoints()} == {"pending"})
         assert [point.valid for point in library.points("a")] == [False, False]
+        assert library.names() == ["a"]
+        with pytest.raises(NoSuchExport, match="its frozen view has ended"):
+            await opened(library, f"a:{frozen.checkpoint}")
     async with serving(tmp_path) as library:
         frozen = await library.begin_checkpoint("web", disks("a"), "")
         assert frozen.pending_at("any") == points and frozen.disks["disk-a"].points == []

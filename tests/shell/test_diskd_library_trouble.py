@@ -394,3 +394,27 @@ async def test_a_write_that_a_merge_did_not_see_is_merged_too(tmp_path, settings
         await until(lambda: library.image("a").checkpoint is None)
         assert await device.read(0, BLOCK) == b"2" * BLOCK
         assert (image.image.directory / avhd.PARENT_FILE).read_bytes()[:BLOCK] == b"2" * BLOCK
+
+
+async def test_an_outcome_that_not_every_image_could_take_is_made_up_for(tmp_path, settings):
+    """Its record says "ending": trying again begins there."""
+    async with open_library(tmp_path / "root", settings) as library:
+        await library.create_image("a", SIZE)
+        frozen = await library.begin_checkpoint("web", DISKS, "")
+        image = library.opened("a")
+        assert image is not None
+        files = image.image.files
+        step, full = files._step, True
+
+        def refused(wanted: Step):
+            if full and isinstance(wanted, Replace):
+                raise OSError(errno.ENOSPC, "simulated")
+            return step(wanted)
+
+        files._step = refused
+        with pytest.raises(Refused, match="cannot be recorded"):
+            await frozen.end("keep")
+        assert [info.valid for info in library.points("a")] == [False]
+        full = False
+        await until(lambda: library.checkpoints() == [])
+        assert [info.valid for info in library.points("a")] == [True]

@@ -7,7 +7,7 @@ from pathlib import Path
 import trio
 from structlog.testing import capture_logs
 
-from diskd.core.avhd import DATA, AvhdMap, Head
+from diskd.core.avhd import DATA, PARENT, AvhdMap, Head
 from diskd.core.merge import PUNCH_BYTES_MAX, Merge, punch
 from diskd.core.mrt import STAMP_NS, has_outlived_stamp
 from diskd.core.space import Reserve
@@ -32,6 +32,7 @@ class FullDisk:
         self.calls = self.slow = 0
         self.room = 2
         self.refused = 0
+        self.punched: list[Punch] = []
 
     def notify(self) -> None:
         """Nobody waits."""
@@ -55,7 +56,9 @@ class FullDisk:
     async def run(self, script) -> None:
         """Of the AVHD's files: what gives space back."""
         await trio.lowlevel.checkpoint()
-        assert all(isinstance(step, Punch) for step in script)
+        steps = list(script)
+        assert all(isinstance(step, Punch) for step in steps)
+        self.punched += steps
         self.room = 1 << 20
 
 
@@ -66,6 +69,21 @@ async def test_a_merge_that_finds_no_space_gives_back_what_it_owes(tmp_path):
     assert layer.map.entries == 0
     assert layer.refused == 1
     assert [(line["event"], line["reason"]) for line in said] == [("merge.put_off", "full")]
+
+
+async def test_only_what_was_merged_is_punched(tmp_path):
+    layer = FullDisk(tmp_path)
+    kept = [block for block in range(layer.map.head.blocks) if block % 8 == 3]
+    for block in kept:
+        layer.map.set_range(block, 1, PARENT)
+    with trio.fail_after(20):
+        await Merging(layer, Merge(layer.map, 16)).run()
+    punched = {
+        block
+        for step in layer.punched
+        for block in range(step.offset // 4096, (step.offset + step.length) // 4096)
+    }
+    assert punched and punched.isdisjoint(kept)
 
 
 async def test_a_checkpoint_that_cannot_be_given_up_is_tried_again(tmp_path):

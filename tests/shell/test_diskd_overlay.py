@@ -79,7 +79,8 @@ class Rig:
         self.files = FailingFiles(directory)
         self.files.run_blocking(avhd.create(HEAD))
         live = LiveMap.create(directory, HEAD.live_nonce, bytes(avhd.cell_bytes(BLOCKS)), "boot")
-        self.raw = RawLayer(self.files, SIZE, lambda: None)
+        self.noted = 0  # how often tracking was told that the parent changes
+        self.raw = RawLayer(self.files, SIZE, self.note)
         self.failures: list[str] = []
         self.failed: list[str] = []
         self.layer = OverlayLayer(
@@ -92,6 +93,9 @@ class Rig:
             on_failure=self.on_failure,
             fail=self.failed.append,
         )
+
+    def note(self) -> None:
+        self.noted += 1
 
     async def on_failure(self, reason: str) -> None:
         if not self.failures:
@@ -436,3 +440,33 @@ async def test_no_write_in_place_exceeds_the_limit(tmp_path, length):
         assert r.layer.write_nowait(7 * BLOCK + 9, b"2" * 50), "no new block"
         await r.layer.write(3 * BLOCK, b"3" * length)
         assert r.failures and r.layer.mode is Mode.MERGING
+
+
+async def test_a_block_that_is_copied_up_is_left_alone_meanwhile(tmp_path):
+    """Or its other writer's bytes would be lost to what was read before."""
+    async with rig(tmp_path, 16) as r:
+        r.files.slow = lambda step: isinstance(step, Write) and step.file == avhd.DATA_FILE
+        r.files.gate = threading.Event()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(r.layer.write, 3 * BLOCK + 700, b"x")
+            await waits(r.files)
+            try:
+                assert not r.layer.write_nowait(3 * BLOCK + 900, b"y")
+                assert not r.layer.write_nowait(2 * BLOCK, b"z" * 2 * BLOCK)
+                assert r.layer.write_nowait(4 * BLOCK, b"f" * BLOCK), "the next one is free"
+                nursery.start_soon(r.layer.write, 3 * BLOCK + 900, b"y")
+            finally:
+                r.files.gate.set()
+        assert (await r.layer.read(3 * BLOCK + 700, 1), await r.layer.read(3 * BLOCK + 900, 1)) == (
+            b"x",
+            b"y",
+        )
+
+
+async def test_what_a_merge_changes_of_the_parent_is_told_to_tracking(tmp_path):
+    """Or a crash would find a change that nobody announced, and cost a full backup (T4)."""
+    async with rig(tmp_path, 17) as r:
+        await r.layer.write(0, b"1" * BLOCK)
+        assert r.noted == 0
+        await r.merge()
+        assert r.noted >= 2, "before it is written, and before it is synced"
