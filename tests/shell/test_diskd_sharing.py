@@ -1,6 +1,7 @@
 """A synthetic full on real btrfs and xfs: it shares, it is right, and it outlives what it was made from."""
 
 import os
+import random
 import shutil
 
 import pytest
@@ -13,6 +14,7 @@ from loop_mounts import loop_mount
 from diskd.core.retention import Keep
 from diskd.shell.repository import open_repository
 from diskd.shell.repository_files import RepositoryFiles
+from diskd.shell.sharing import Sharing
 
 pytestmark = pytest.mark.slow
 KiB, MiB = 1 << 10, 1 << 20
@@ -91,6 +93,37 @@ def test_where_nothing_can_be_shared_it_is_copied(tmp_path):
         assert 0 < Unable.tried < 10
         with repository.open("web", points[-1]) as opened:
             assert opened.views["system"].read(0, len(content)) == content
+
+
+class CopyingFiles(RepositoryFiles):
+    """Shares as a file system with blocks of 8 KiB does."""
+
+    block = 8 * KiB
+
+    def clone(self, source, offset, descriptor, to, length):
+        assert offset % self.block == to % self.block == length % self.block == 0
+        assert os.pwrite(descriptor, os.pread(source, length, offset), to) == length
+        return True
+
+
+def test_what_is_shared_and_what_is_left_make_the_whole_wherever_it_lies(tmp_path):
+    """Also places that fit no border of the file system's blocks, in the chain's files or in the new one."""
+    points, content = chain_of_three(tmp_path)
+    chosen = random.Random("shared")
+    with open_repository(tmp_path) as repository, repository.open("web", points[-1]) as opened:
+        sharing = Sharing(CopyingFiles(), opened, CopyingFiles.block)
+        for number in range(60):
+            grains = [chosen.choice([512, 64 * KiB, 64 * KiB]) for _ in range(2)]
+            offset, host = (chosen.randrange(24 * MiB // grain) * grain for grain in grains)
+            length = min(chosen.randrange(1, 8 * MiB // 512) * 512, len(content) - offset)
+            path = tmp_path / f"new{number}"
+            with path.open("w+b", buffering=0) as new:
+                for start, end in sharing.into(new.fileno(), "system")(offset, host, length):
+                    os.pwrite(new.fileno(), content[offset + start : offset + end], host + start)
+                os.ftruncate(new.fileno(), host + length)
+                assert os.pread(new.fileno(), length, host) == content[offset : offset + length]
+            path.unlink()
+    assert sharing.bytes > 20 * MiB
 
 
 def test_a_crash_at_every_step_of_a_shared_synthesis_changes_no_content(scene):

@@ -366,9 +366,10 @@ class Repository:
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            raise Refused(
-                f"there is no room to make a full of {vm}/{point}; nothing was removed: make room, or keep"
-                " more points, so that what it builds on stays"
+            raise OSError(
+                error.errno,
+                f"{error.strerror}: {vm}/{point} cannot be made a full; nothing was removed: make room, or"
+                " keep more points, so that what it builds on stays",
             ) from error
 
     def _check_kept(self, vm: str, wanted: list[str], poll: Poll) -> None:
