@@ -107,6 +107,13 @@ def test_stale_swapped_and_missing_sectors_are_damage():
         disk.run(avhd.load_cells(HEAD))
 
 
+@pytest.mark.parametrize("first", [0, 1, 2047, 65_535, (1 << 21) + 12_345, avhd.SECTORS_MAX - 3])
+def test_empty_sectors_made_at_once_are_those_made_one_by_one(first):
+    for nonce in (HEAD.nonce, "ff" * 8, "00" * 8):
+        one_by_one = [avhd.encode_sector(index, nonce, bytes(496)) for index in range(first, first + 3)]
+        assert avhd.encode_empty(first, 3, nonce) == b"".join(one_by_one)
+
+
 def test_an_undefined_state_is_damage():
     cells = bytes(100) + b"\x0c" + bytes(395)
     with pytest.raises(Damaged):
