@@ -3,6 +3,7 @@
 import attrs
 from tracker_harness import MiB, tracker
 
+from diskd.core.mrt import STAMP_NS
 from diskd.core.shared import SharedArea
 from diskd.core.tracker import Tracker
 
@@ -92,3 +93,19 @@ def test_times_of_writes_reach_the_disk_with_the_next_commit() -> None:
     commit = tracked.begin_commit(100)
     assert commit is not None
     assert [record.time_ns for record in commit.records] == [99]
+
+
+def test_a_commit_never_relies_on_a_stamp_that_is_more_than_half_used_up() -> None:
+    """Or else the next recovery takes the file for an older copy that was put back (T4)."""
+    tracked = tracker(max_open=100, ahead=0)
+    began = 10**18
+    stamps = {}
+    for region, now_ns in enumerate((0, STAMP_NS // 2, STAMP_NS // 2 + 1, STAMP_NS, -1)):
+        tracked.want([region])
+        commit = tracked.begin_commit(began + now_ns)
+        assert commit is not None
+        tracked.end_commit(commit)
+        stamps[now_ns] = commit.stamp_ns
+    # The last one: the clock was set back.
+    expected = {0: 0, STAMP_NS // 2: None, STAMP_NS // 2 + 1: STAMP_NS // 2 + 1, STAMP_NS: None, -1: -1}
+    assert stamps == {at: None if said is None else began + said for at, said in expected.items()}

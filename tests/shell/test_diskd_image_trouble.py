@@ -129,6 +129,32 @@ async def test_a_cut_given_up_while_it_is_prepared_leaves_no_bitmap_behind(place
         await image.close()
 
 
+async def test_a_first_touch_that_nobody_waits_for_any_more_is_seen_through(place: Place) -> None:
+    """Its commit has begun, and waits for a thread: called off in between, none could ever begin again."""
+    await Image.create(place.directory, 32 * MiB)
+    async with open_image(place) as image:
+        point = await cut(image, 1)
+        threads = image.files._limiter
+        threads.total_tokens = 1
+        gone = trio.CancelScope()
+
+        async def impatient() -> None:
+            with gone:
+                await any_writer(image).write(0, b"x")
+
+        async with trio.open_nursery() as nursery, threads:
+            nursery.start_soon(impatient)
+            with trio.fail_after(20):
+                while not threads.statistics().tasks_waiting:
+                    await trio.lowlevel.checkpoint()
+            gone.cancel()
+            await trio.testing.wait_all_tasks_blocked()
+        await any_writer(image).write(5 * MiB, b"y")
+        await image.flush_tracking()
+        assert 5 * MiB // BLOCK in blocks(image, point)
+        await image.close()
+
+
 def test_steps_are_told_before_they_are_executed() -> None:
     """``before_steps`` changes neither the steps, nor their results, nor what happens when one fails."""
 

@@ -1,8 +1,11 @@
 """Several daemons' libraries over one root: owners, leases, and what becomes of checkpoints on the way."""
 
+import errno
 import random
 import shutil
+from pathlib import Path
 
+import attrs
 import pytest
 import trio
 from diskd_libraries import Hosts, hosts
@@ -10,7 +13,10 @@ from diskd_libraries import Hosts, hosts
 from daemonkit.diskd_api import BackupDisk
 from daemonkit.errors import HoldfastError
 from daemonkit.units import MiB
+from diskd.core import ownership
+from diskd.core.ownership import Daemon, Owner
 from diskd.errors import Fenced, Refused
+from diskd.shell.image import Image
 from diskd.shell.library import Library
 
 BLOCK = 4096
@@ -205,6 +211,56 @@ async def test_an_image_whose_lock_or_record_is_not_what_it_was_is_not_served(st
         assert "lost" in (one.image("a").reason or "") or what == "damaged record"
         assert dropped
         await write(one, "b", 0, b"1" * BLOCK)
+
+
+def newest(directory: Path) -> Owner:
+    (record,) = directory.glob("owner.[0-9]*")
+    return ownership.decode(record.read_bytes(), int(record.name.removeprefix("owner.")))
+
+
+async def test_a_stop_writes_nothing_into_an_image_that_somebody_else_has(storage: Hosts):
+    """The close itself finds that out, whether or not the regular look has told."""
+    directory = storage.root / "images" / "a"
+    async with storage.serving("n1") as one:
+        await one.create_image("a", SIZE)
+        await write(one, "a", 0, b"1" * BLOCK)
+        mine = newest(directory)
+        other = Daemon("n2", "host2", "machine2", "boot2", "another")
+        theirs = attrs.evolve(mine, number=mine.number + 1, daemon=other)
+        (directory / f"owner.{theirs.number}").write_bytes(ownership.encode(theirs))
+        (directory / f"owner.{mine.number}").unlink()
+        before = {path.name: path.read_bytes() for path in directory.iterdir()}
+    assert {path.name: path.read_bytes() for path in directory.iterdir()} == before
+
+
+class NeverFlushed:
+    """A layer on storage that fails."""
+
+    def __init__(self, image: Image) -> None:
+        self._raw = image.raw
+
+    def __getattr__(self, name: str):
+        return getattr(self._raw, name)
+
+    async def flush(self) -> None:
+        raise OSError(errno.EIO, "simulated")
+
+
+async def test_an_image_that_cannot_be_closed_cleanly_is_not_given_away(storage: Hosts):
+    directory = storage.root / "images" / "a"
+    async with storage.serving("n1") as one:
+        await one.create_image("a", SIZE)
+        await write(one, "a", 0, b"1" * BLOCK)
+        opened = one.opened("a")
+        assert opened is not None
+        opened.image.layer = NeverFlushed(opened.image)
+        with pytest.raises(Refused, match="stays with this daemon"):
+            await one.release_image("a")
+        assert (newest(directory).state, newest(directory).daemon.name) == ("serving", "n1")
+        async with storage.serving("n2", "host2") as two:
+            with pytest.raises(Refused, match="has not released it"):
+                await two.open_image("a")
+        assert (await one.open_image("a")).state == "open"
 
 
 async def test_a_damaged_record_costs_no_other_image_its_clean_stop(storage: Hosts):

@@ -1,15 +1,18 @@
 """A raw file served as it is: a device like any other, under QEMU's locks, zeroed fast where that is so."""
 
 import os
+import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
+import trio
 from device_contract import CASES, MiB
 
 from diskd.core.ports import Device
 from diskd.errors import NoSuchExport, Refused
 from diskd.shell.raw_file import OpenFile, RawFile, RawFileCatalog
+from diskd.shell.raw_layer import RawLayer
 
 
 def empty(tmp_path: Path) -> Path:
@@ -60,3 +63,36 @@ async def test_one_server_at_a_time_and_one_name(tmp_path: Path) -> None:
     with pytest.raises(Refused, match="No such file"):
         OpenFile(tmp_path / "nothing")
     assert os.listdir(tmp_path) == ["disk.img"], "the probe left something behind"
+
+
+class GatedSync:
+    """An open file whose syncs wait at a gate."""
+
+    def __init__(self, file: OpenFile) -> None:
+        self.descriptor = file.descriptor
+        self.gate = threading.Event()
+        self.begun = 0
+
+    def sync(self, name: str) -> None:
+        self.begun += 1
+        assert self.gate.wait(20)
+
+
+async def test_a_flush_joins_no_sync_that_began_without_its_write(tmp_path: Path) -> None:
+    file = OpenFile(empty(tmp_path))
+    try:
+        gated = GatedSync(file)
+        layer = RawLayer(gated, file.size_bytes, lambda: None)
+        with trio.fail_after(20):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(layer.flush)
+                while not gated.begun:
+                    await trio.lowlevel.checkpoint()
+                assert layer.write_nowait(0, b"late")
+                for _ in range(3):
+                    nursery.start_soon(layer.flush)
+                await trio.testing.wait_all_tasks_blocked()
+                gated.gate.set()
+        assert gated.begun == 2, "one more, and it serves all three"
+    finally:
+        file.close()

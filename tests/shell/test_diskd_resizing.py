@@ -124,6 +124,21 @@ async def test_no_room_is_made_in_a_file_that_is_being_written(place: Place, bus
         image.files = usual
 
 
+async def test_no_write_comes_between_what_a_resize_records_and_what_it_ends(place: Place) -> None:
+    await create(place)
+    async with open_image(place) as image:
+        writer = any_writer(image)
+        await writer.write(MiB, b"its region is open")
+        async with trio.open_nursery() as nursery, image.catalogue_turn:
+            nursery.start_soon(resizing.grow, image, 2 * SIZE)
+            with trio.fail_after(20):
+                while not image.catalogue_turn.statistics().tasks_waiting:
+                    await trio.lowlevel.checkpoint()
+            assert image.is_held
+            assert not writer.write_nowait(MiB, b"x")
+        assert image.size_bytes == 2 * SIZE
+
+
 async def test_writers_wait_for_a_resize_and_go_on(place: Place) -> None:
     await create(place)
     async with open_image(place) as image:

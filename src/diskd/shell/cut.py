@@ -65,8 +65,11 @@ class Cut:
                     await image.perform(mrt.write_header(image.identity, header, now_ns()))
                     tracker.prepare(area, header)
             finally:
-                if tracker.prepared is not area:  # cancelled, or failed: nobody else knows of it
-                    image.shared.remove(nonce)
+                if tracker.prepared is not area:
+                    if (
+                        image.failure is None
+                    ):  # cancelled: nobody else knows of it. Failed: the MRT may name it
+                        image.shared.remove(nonce)
                     area.release()
 
     def freeze(self, point: str) -> None:

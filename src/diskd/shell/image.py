@@ -486,11 +486,9 @@ class Image:
         return [(area.bits[:], pages) for area, pages in used], over
 
     def _report(self, span: Span, active: list[_Used], over: int) -> ChangeReport:
-        page_bytes, generation = self.identity.geometry.page_bytes, self.tracker.generation
-        found = [
-            read_interval_blocking(self.directory, self.identity, generation, segment)
-            for segment in span.segments
-        ]
+        page_bytes = self.identity.geometry.page_bytes
+        mine = self.directory, self.identity, self.tracker.generation
+        found = [read_interval_blocking(*mine, segment) for segment in span.segments]
         found += [copy_pages(bits, page_bytes, pages) for bits, pages in active]
         return report(self.identity.geometry, span, interval.unite(found), active_over_report_bytes=over)
 

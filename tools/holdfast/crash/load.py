@@ -66,6 +66,7 @@ class Guests:
     async def run(self, image: Image, rng: Random) -> None:
         """One of them, until it is over. Raises Violation where its connection breaks before."""
         nbd = self._machine.nbd
+        broken: ConnectionLost | RequestFailed | None = None
         try:
             while not self.is_over:
                 async with connect(nbd.host, nbd.port, image.name) as client:
@@ -75,18 +76,17 @@ class Guests:
                         self.acks += 1
                         self.wake()
                         requests -= 1
-            return
-        except (ConnectionLost, RequestFailed) as error:
-            lost = error
-        if not self.is_over and await self._machine.has_died_by_itself():
-            self.end()
-            return
+        except (ConnectionLost, RequestFailed) as lost:
+            broken = lost
         # Sent home by a daemon that stops: what was in flight may or may not have been done.
-        if self.may_fail and isinstance(lost, RequestFailed) and lost.number == ENOSPC:
+        sent_home = isinstance(broken, ConnectionLost) or (broken is not None and broken.number == ESHUTDOWN)
+        if broken is None or (self.is_over and sent_home):
             return
-        sent_home = isinstance(lost, ConnectionLost) or lost.number == ESHUTDOWN
-        if not (self.is_over and sent_home):
-            raise Violation(f"{image.name}: {lost}: {self._machine.log()}") from lost
+        if self.may_fail and isinstance(broken, RequestFailed) and broken.number == ENOSPC:
+            return
+        if not await self._machine.has_died_by_itself():
+            raise Violation(f"{image.name}: {broken}: {self._machine.log()}") from broken
+        self.end()
 
     async def _request(self, image: Image, client: Client, rng: Random) -> None:
         kind = rng.choice(self._kinds)
