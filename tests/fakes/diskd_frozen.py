@@ -140,7 +140,9 @@ class MemoryLibrary:
         for disk in self.images.values():
             disk.changed.pop(point, None)
 
-    async def begin_checkpoint(self, vm, disks, config, *, target=None, allow_crash_consistent=False):
+    async def begin_checkpoint(
+        self, vm, disks, config, *, target=None, allow_crash_consistent=False, on_merge=None
+    ):
         if self.busy:
             raise Refused(f"a checkpoint of {vm} is held by a live backup")
         for disk in disks:

@@ -10,6 +10,7 @@ from diskd_process import BINARIES
 
 ROOT = Path(__file__).resolve().parents[2]
 UNITS = sorted((ROOT / "docs/systemd").glob("*.service"))
+SOCKETS = sorted((ROOT / "docs/systemd").glob("*.socket"))
 
 pytestmark = pytest.mark.interop
 
@@ -29,8 +30,10 @@ def installed(unit: Path, folder: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("unit", UNITS, ids=lambda path: path.name)
+@pytest.mark.parametrize("unit", [*UNITS, *SOCKETS], ids=lambda path: path.name)
 def test_systemd_understands_every_line(analyze, unit, tmp_path):
+    if unit in SOCKETS:  # it is verified together with what it starts
+        installed(unit.with_suffix(".service"), tmp_path)
     done = subprocess.run(
         [analyze, "verify", "--man=no", str(installed(unit, tmp_path))], capture_output=True, text=True
     )

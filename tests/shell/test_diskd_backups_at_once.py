@@ -1,9 +1,12 @@
 """Backups of several VMs at the same time; a second one of the same VM is refused, naming the first."""
 
+import os
+import threading
 from functools import partial
 
 import pytest
 import trio
+from diskd_library import until
 from diskd_target import RaisesLeaf, start_target
 from image_harness import new_place
 
@@ -122,3 +125,30 @@ async def test_of_two_that_begin_together_one_is_refused(library):
             for _ in range(2):
                 nursery.start_soon(begin, hold)
     assert len(refusals) == 1 and "of vm web is just beginning" in refusals[0]
+
+
+async def test_a_backup_that_waits_for_a_merge_says_how_far_it_is(tmp_path, library, nursery):
+    root = tmp_path / "repository"
+    root.mkdir()
+    address, _ = await start_target(nursery, root)
+    frozen = await library.begin_checkpoint("web", [BackupDisk("web", "web")], "")
+    device = (await library.open("web", peer="test", drop=lambda _: None)).device
+    await device.write(0, b"n" * SIZE)
+    gate = threading.Event()
+    files = library._images["web"].files
+    files._sync = lambda descriptor: gate.wait(30) and os.fdatasync(descriptor)
+    steps = []
+
+    async def report(progress) -> None:
+        await trio.lowlevel.checkpoint()
+        steps.append(progress)
+        if progress["step"] == "merge":
+            gate.set()
+
+    nursery.start_soon(frozen.end, "discard")
+    await until(lambda: library.checkpoints() == [] or library.checkpoints()[0].state != "sealed")
+    with trio.fail_after(60):
+        await run_backup(library, request("web", "web", address), report=report, key=None)
+    assert [step["step"] for step in steps][:2] == ["checkpoint", "merge"]
+    told = [(step["done_bytes"], step["total_bytes"]) for step in steps if step["step"] == "merge"]
+    assert told[0] == (0, SIZE) and all(0 <= done <= total == SIZE for done, total in told)

@@ -5,7 +5,7 @@ A *layer is a device*: tracked images, overlays, faulty devices for tests and pl
 """
 
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeAlias
 
 import attrs
 
@@ -143,6 +143,10 @@ class FrozenDisk(Protocol):
     def read_into_blocking(self, offset: int, buffer: memoryview) -> None:
         """For a worker thread: fills the buffer. Raises OSError, also once the checkpoint is invalid (B2)."""
         ...
+
+
+# Told, now and then, how many bytes are left of the merge that a checkpoint waits for.
+OnMerge: TypeAlias = Callable[[int], Awaitable[None]]
 
 
 class FrozenVm(Protocol):

@@ -34,7 +34,7 @@ from diskd.core.inventory import (
     REPOSITORY_ID_LENGTH_MAX,
 )
 from diskd.core.patience import Patience
-from diskd.core.ports import FrozenVm
+from diskd.core.ports import FrozenVm, OnMerge
 from diskd.core.stream import abort, is_point
 from diskd.core.stream_zstd import check_level
 from diskd.errors import Refused
@@ -70,6 +70,7 @@ class CheckpointSource(Protocol):
         *,
         target: str | None = None,
         allow_crash_consistent: bool = False,
+        on_merge: OnMerge | None = None,
     ) -> FrozenVm:
         """All disks at one instant; Refused says why not. ``target``: the repository it is for."""
         ...
@@ -197,6 +198,7 @@ async def run_backup(
             request.config,
             target=repository,
             allow_crash_consistent=request.allow_crash_consistent,
+            on_merge=_merge_teller(request.vm, report),
         )
     log.info("backup.began", vm=request.vm, point=frozen.point, target=str(target), mode=request.mode)
     backup = _Backup(frozen, request, target, key, report)
@@ -218,6 +220,19 @@ async def run_backup(
     if scope.cancelled_caught:
         raise Refused(f"the target has committed {frozen.point}, but the disk here does not answer")
     return backup.result(trio.current_time() - began)
+
+
+def _merge_teller(vm: str, report: Report) -> OnMerge:
+    """Tells how far the merge is that the checkpoint waits for; the most it ever had to do is the whole."""
+    total = 0
+
+    async def tell(left_bytes: int) -> None:
+        nonlocal total
+        total = max(total, left_bytes)
+        done = total - left_bytes
+        await report({"step": "merge", "vm": vm, "done_bytes": done, "total_bytes": total})
+
+    return tell
 
 
 def _check_disks(request: BackupRequest, frozen: FrozenVm) -> None:

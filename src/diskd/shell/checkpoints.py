@@ -28,6 +28,7 @@ from diskd.core.inventory import (
     HeldBy,
     Outcome,
 )
+from diskd.core.ports import OnMerge
 from diskd.errors import NoSuchPoint, Refused
 from diskd.shell import low_disk
 from diskd.shell.checkpoint_records import make_directory
@@ -51,6 +52,7 @@ log = structlog.get_logger()
 
 # Undoing a begin is a few small durable steps; beyond this the next start does it.
 _UNDO_SECONDS: Final = 30.0
+_MERGE_REPORT_SECONDS: Final = 1.0
 
 
 class Checkpoints:
@@ -140,6 +142,7 @@ class Checkpoints:
         target: str | None,
         *,
         allow_crash_consistent: bool,
+        on_merge: OnMerge | None = None,
     ) -> StandingCheckpoint:
         """Library.begin_checkpoint."""
         images = check_request(self.images, vm, disks, config)
@@ -153,13 +156,7 @@ class Checkpoints:
         self._beginning.update(dict.fromkeys(claims, identifier))
         try:
             await self._abandon_deserted(vm, images, identifier)
-            while any(image.overlay is not None for image in images.values()):
-                for name, image in images.items():
-                    if self.images.get(name) is not image:
-                        raise Refused(f"image {name} is not served here any more")
-                    if image.stuck is not None:
-                        raise Refused(f"image {name} cannot be merged: {image.stuck}; reopen it")
-                await self._changed.wait()
+            await self._wait_merged(images, on_merge)
             await self._require_room(images)
             record = new_record(identifier, vm, disks, config, held_by, target, images)
             return await self._begin(record, images, allow_crash_consistent=allow_crash_consistent)
@@ -168,6 +165,19 @@ class Checkpoints:
         finally:
             for claim in claims:
                 del self._beginning[claim]
+
+    async def _wait_merged(self, images: Mapping[str, OpenImage], on_merge: OnMerge | None) -> None:
+        """Until no image has an AVHD. Raises Refused where that will not come about."""
+        while any(image.overlay is not None for image in images.values()):
+            for name, image in images.items():
+                if self.images.get(name) is not image:
+                    raise Refused(f"image {name} is not served here any more")
+                if image.stuck is not None:
+                    raise Refused(f"image {name} cannot be merged: {image.stuck}; reopen it")
+            if on_merge is not None:
+                await on_merge(sum(image.unmerged_bytes for image in images.values()))
+            with trio.move_on_after(_MERGE_REPORT_SECONDS):
+                await self._changed.wait()
 
     async def _abandon_deserted(self, vm: str, images: Mapping[str, OpenImage], by: str) -> None:
         for held in [held for held in self.held.values() if held.is_deserted]:

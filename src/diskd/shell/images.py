@@ -100,9 +100,7 @@ class Images:
             holder=None if state.released else state.holder,
             connections=image.connections,
             checkpoint=image.checkpoint,
-            merge_remaining_bytes=overlay.map.entries * image.image.block_bytes
-            if overlay is not None and merging
-            else None,
+            merge_remaining_bytes=image.unmerged_bytes if overlay is not None and merging else None,
             points=len(image.image.points()),
             owner=image.ownership.show(),
             space=self._checkpoints.forks.space(image),

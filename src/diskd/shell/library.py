@@ -27,7 +27,7 @@ from diskd.core.inventory import (
     PointInfo,
 )
 from diskd.core.ownership import Daemon, Lost
-from diskd.core.ports import Export, FrozenVm
+from diskd.core.ports import Export, FrozenVm, OnMerge
 from diskd.errors import Refused
 from diskd.shell import daemons
 from diskd.shell.checkpoints import Checkpoints
@@ -267,6 +267,7 @@ class Library:
         held_by: HeldBy = "backup",
         target: str | None = None,
         allow_crash_consistent: bool = False,
+        on_merge: OnMerge | None = None,
     ) -> FrozenVm:
         """Fork all disks of the VM at one instant (B1); waits for an earlier merge of the same images.
 
@@ -277,7 +278,13 @@ class Library:
         if vm in self.reserved:
             raise Refused(self.reserved[vm])
         return await self._checkpoints.begin(
-            vm, disks, config, held_by, target, allow_crash_consistent=allow_crash_consistent
+            vm,
+            disks,
+            config,
+            held_by,
+            target,
+            allow_crash_consistent=allow_crash_consistent,
+            on_merge=on_merge,
         )
 
     async def resume_checkpoint(self, vm: str) -> FrozenVm:

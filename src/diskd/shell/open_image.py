@@ -56,6 +56,11 @@ class OpenImage:
         self._merges: list[tuple[trio.CancelScope, trio.Event]] = []
         self._merges_end: str | None = None  # why none begins any more
 
+    @property
+    def unmerged_bytes(self) -> int:
+        """What its AVHD says of blocks that a merge has still to bring to the parent."""
+        return 0 if self.overlay is None else self.overlay.map.entries * self.image.block_bytes
+
     @classmethod
     async def open(
         cls, directory: Path, settings: ImageSettings, claimant: Claimant, order: Order

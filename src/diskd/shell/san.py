@@ -24,7 +24,7 @@ from daemonkit.errors import HoldfastError
 from daemonkit.rpc import Call, Registry
 from diskd.core import san
 from diskd.core import san_calls as calls
-from diskd.core.ports import ChangeReport, FrozenDisk, FrozenVm
+from diskd.core.ports import ChangeReport, FrozenDisk, FrozenVm, OnMerge
 from diskd.core.san import Outcome, Record, RecordedDisk
 from diskd.errors import Refused
 from diskd.shell.backup import run_backup
@@ -105,7 +105,9 @@ class San:
         if self._running is not None and record.state == "releasing":
             self._running.start_soon(self.release_quietly, record.point, "discard")
 
-    async def snapshot(self, wanted: "_Wanted", held_by: san.HeldBy, target: str) -> "SnapshotVm":
+    async def snapshot(
+        self, wanted: "_Wanted", held_by: san.HeldBy, target: str, on_merge: OnMerge | None = None
+    ) -> "SnapshotVm":
         """Freeze, snapshot, end the checkpoint. Raises Refused or OSError; then all is as it was before."""
         snapshots = self._provider(wanted.provider)
         await self._retry_deletions()
@@ -115,6 +117,7 @@ class San:
             wanted.config,
             target=target,
             allow_crash_consistent=wanted.allow_crash_consistent,
+            on_merge=on_merge,
         )
         described = [RecordedDisk(disk.name, disk.image) for disk in wanted.disks]
         record = Record(frozen.point, frozen.checkpoint, wanted.vm, wanted.provider, held_by, described)
@@ -381,9 +384,10 @@ class SanSource:
         *,
         target: str | None = None,
         allow_crash_consistent: bool = False,
+        on_merge: OnMerge | None = None,
     ) -> FrozenVm:
         wanted = _Wanted(self.provider, vm, disks, config, allow_crash_consistent)
-        return await self.san.snapshot(wanted, "backup", target or san.BY_HAND)
+        return await self.san.snapshot(wanted, "backup", target or san.BY_HAND, on_merge)
 
     async def resume_checkpoint(self, vm: str) -> FrozenVm:
         await trio.lowlevel.checkpoint()
