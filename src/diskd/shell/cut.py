@@ -66,9 +66,8 @@ class Cut:
                     tracker.prepare(area, header)
             finally:
                 if tracker.prepared is not area:
-                    if (
-                        image.failure is None
-                    ):  # cancelled: nobody else knows of it. Failed: the MRT may name it
+                    # Cancelled: nobody else knows of it. Failed: the MRT may name it.
+                    if image.failure is None:
                         image.shared.remove(nonce)
                     area.release()
 
