@@ -120,15 +120,18 @@ class Tracker:
 
         False: some region of it is closed; ``want`` it, commit, and ask again.
         """
-        end = offset + length - 1
-        first, last = offset >> self._region_shift, end >> self._region_shift
-        block = offset >> self._block_shift
-        is_one_block = block == end >> self._block_shift
-        if is_one_block and self._open[first] and self.area.bits[block >> 3] >> (block & 7) & 1:
-            return True  # what most writes find: marked already
+        block, end = offset >> self._block_shift, offset + length - 1
+        first = offset >> self._region_shift
+        if (
+            self._open[first]
+            and self.area.bits[block >> 3] >> (block & 7) & 1
+            and block == end >> self._block_shift
+        ):
+            return True  # what most writes find: one block, marked already
+        last = end >> self._region_shift
         if self._open.find(0, first, last + 1) >= 0:
             return False
-        if set_range(self.area.bits, offset >> self._block_shift, (end >> self._block_shift) + 1):
+        if set_range(self.area.bits, block, (end >> self._block_shift) + 1):
             for region in range(first, last + 1):
                 self._changed[region] = 1
             for page in range(offset >> self._page_shift, (end >> self._page_shift) + 1):
