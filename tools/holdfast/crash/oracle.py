@@ -277,7 +277,12 @@ class Image:
         words = np.frombuffer(data, np.uint64).reshape(-1, SECTOR // 8)
         mixed = np.flatnonzero((words != words[:, :1]).any(axis=1))
         if len(mixed):
-            raise Violation(f"{self.name}: {what}: torn inside sectors {_some(mixed)}")
+            first = words[mixed[0]]
+            at = int(np.flatnonzero(first != first[0])[0])
+            raise Violation(
+                f"{self.name}: {what}: torn inside sectors {_some(mixed)}: the first holds write"
+                f" {int(first[0])}, from byte {at * 8} on {int(first[at])}, and {int(first[-1])} at its end"
+            )
         numbers: Numbers = words[:, 0].copy()
         return numbers
 
