@@ -10,6 +10,11 @@ long as somebody relays; and where nobody does, both ends come to the same verdi
 direction is cut. The age of that evidence is judged as of the moment that B's heartbeat came, since it
 says what B knew then: so B, gone silent, is not found deaf before it is found gone.
 
+Where B's own heartbeats do not arrive, those that relay its counter tell in its place. A counter brings along
+what its node knew: every heartbeat on the way from B to us carries rows at least as new as B's. So a relay
+that has no fresh evidence of us shows that B has none either. Without this, a node that comes back hears
+first what the others relay of one another, takes that for contact, and loses it with their next heartbeats.
+
 What B knows of us it says in its rows: our own (incarnation, sequence). We remember when we sent which
 sequence; the age of the newest acknowledged one is the age of B's evidence.
 
@@ -47,12 +52,20 @@ class Peer:
     direct_at: int | None = None
     networks: dict[str, int] = attrs.field(factory=dict)
     acknowledged_at: int | None = None  # when we sent the newest of ours that it has
+    relay_acknowledged_at: int | None = None  # the same of those whose heartbeats brought its counter
     hears_leader: bool = False
     rows: dict[int, Row] = attrs.field(factory=dict)  # of its newest heartbeat
     marks: list[tuple[int, dict[int, Row]]] = attrs.field(factory=list)  # its rows some time ago
     in_contact: bool = False
     isolation_ns: int = 0  # what its newest heartbeat said that it goes by
     met: bool = False  # has been in contact, and has heard us, since this clusterd began
+
+
+def _newest(a: int | None, b: int | None) -> int | None:
+    """The later of two times that may not be known."""
+    if a is None or b is None:
+        return b if a is None else a
+    return max(a, b)
 
 
 @attrs.define
@@ -87,6 +100,8 @@ class Contacts:
             for peer in self.peers.values():
                 if peer.in_contact and peer.acknowledged_at is not None:
                     peer.acknowledged_at = now
+                if peer.in_contact and peer.relay_acknowledged_at is not None:
+                    peer.relay_acknowledged_at = now
         self.isolation_ns = isolation_ns
 
     def beat(self, now: int, hears_leader: bool) -> Heartbeat:
@@ -119,16 +134,15 @@ class Contacts:
         peer.hears_leader, peer.isolation_ns = heartbeat.hears_leader, heartbeat.isolation_ns
         if counter > peer.counter:
             self._advanced(peer, counter, now)
+        own = heartbeat.rows.get(self.own_id)
+        if own is not None and own.incarnation == self.incarnation:
+            peer.acknowledged_at = _newest(peer.acknowledged_at, self.sent.get(own.sequence))
         known = self.known
         for identifier, row in [r for r in heartbeat.rows.items() if r[1] > known.get(r[0], NEWEST)]:
             other = self.peers[self.names[identifier]]
             if other is not peer:
                 self._advanced(other, (row.incarnation, row.sequence), now)
-        own = heartbeat.rows.get(self.own_id)
-        if own is not None and own.incarnation == self.incarnation:
-            sent_at = self.sent.get(own.sequence)
-            if sent_at is not None and (peer.acknowledged_at is None or sent_at > peer.acknowledged_at):
-                peer.acknowledged_at = sent_at
+                other.relay_acknowledged_at = _newest(other.relay_acknowledged_at, peer.acknowledged_at)
         peer.rows = heartbeat.rows
         if not peer.marks or now >= peer.marks[-1][0] + self.isolation_ns // MARKS_PER_ISOLATION:
             self._mark(peer, now)
@@ -164,7 +178,7 @@ class Contacts:
 
     def judge(self, peer: Peer, now: int) -> bool:
         """The rule of contact (DESIGN "Contact"). What the peer knew of us is judged as of its newest own
-        heartbeat: later than that it has said nothing, and is believed to hear us by way of others."""
+        heartbeat; where it sends none that arrive, by what the relays of its newest counter knew."""
         lasts = self.isolation_ns
         if peer.isolation_ns > lasts:
             lasts = peer.isolation_ns
@@ -172,7 +186,8 @@ class Contacts:
         if advanced_at is None or now >= advanced_at + lasts:
             return False
         if direct_at is None or now >= direct_at + lasts:
-            return True
+            relayed = peer.relay_acknowledged_at
+            return relayed is not None and advanced_at < relayed + lasts
         return acknowledged_at is not None and direct_at < acknowledged_at + lasts
 
     def evaluate(self, now: int, *, losses: bool) -> list[Peer]:
@@ -191,12 +206,13 @@ class Contacts:
         return changed
 
     def would_change(self, sender: str, now: int) -> bool | None:
-        """Whether a heartbeat that has just come gains a contact (True), or ends the sender's (None). Cheap,
-        for every datagram: it can end no other contact, and gain only one that is not there."""
+        """Whether a heartbeat that has just come gains a contact (True), or ends one (None). Cheap, for every
+        datagram: it can gain only one that is not there, and end the sender's; where the sender is without
+        contact, that of those whom it relays as well."""
         if self.without_contact:
-            for peer in self.peers.values():
-                if not peer.in_contact and self.judge(peer, now):
-                    return True
+            wrong = [peer for peer in self.peers.values() if self.judge(peer, now) != peer.in_contact]
+            if wrong:
+                return None if all(peer.in_contact for peer in wrong) else True
         peer = self.peers[sender]
         return None if peer.in_contact and not self.judge(peer, now) else False
 
@@ -224,6 +240,7 @@ class Contacts:
             peer.advanced_at = younger(peer.advanced_at)
             peer.direct_at = younger(peer.direct_at)
             peer.acknowledged_at = younger(peer.acknowledged_at)
+            peer.relay_acknowledged_at = younger(peer.relay_acknowledged_at)
         self.sent = {sequence: min(at + duration_ns, now) for sequence, at in self.sent.items()}
 
     def _has_fresh(self, by: Peer, of: Peer, now: int) -> bool:

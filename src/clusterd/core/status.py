@@ -134,6 +134,8 @@ class Chronicle:
             heard, answered = peer.direct_at, peer.acknowledged_at or desk.started_at
             if heard is not None and heard - answered > 2 * desk.properties.heartbeat_interval_ns:
                 return "its heartbeats show that it does not hear this node"
+            if desk.contacts.is_fresh(peer, peer.advanced_at, desk.now):
+                return "those that relay its heartbeats do not hear this node, nor does it"
             limit = format_duration(desk.contacts.lasts_ns(peer))
             return f"no heartbeat of it, direct or relayed, for {limit}"
         if live is Liveness.JOINING:

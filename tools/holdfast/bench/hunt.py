@@ -33,8 +33,12 @@ from daemonkit.cli import run_main
 from daemonkit.errors import OperatorError
 from diskd.sim import fork_story, overlay_story, rollback_story, tracking_story
 from holdfast.bench import broken_rules
-from holdfast.bench.breaks import BREAKS, Break
+from holdfast.bench.breaks import BREAKS as DISK_BREAKS
+from holdfast.bench.breaks import Break
+from holdfast.bench.cluster_breaks import CLUSTER_BREAKS
 from holdfast.crash import stories
+
+BREAKS: Final = (*CLUSTER_BREAKS, *DISK_BREAKS)
 
 # Below this a seed is easy to write down, and far more than one hunt gets through.
 SEEDS: Final = 10**9
