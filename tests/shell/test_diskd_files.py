@@ -1,15 +1,20 @@
 """Scripts on real files and on the simulated disk: one contract; a failed sync is final on both."""
 
 import errno
+import mmap
 import os
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 from random import Random
 
+import numpy as np
 import pytest
 from step_contract import CASES, Run, steps
 
 from diskd.core.steps import Read, Sync, Truncate, Write
-from diskd.shell.files import WRITE_PIECE_BYTES, Files, write_data
+from diskd.shell.files import WRITE_PIECE_BYTES, Files, write_data, zeroes
 from diskd.sim.disk import Crashed, SimDisk
 
 
@@ -45,6 +50,46 @@ def test_data_is_written_whole_in_small_pieces(length: int, tmp_path: Path) -> N
         file.write(b"\xff" * (length + 100))
         write_data(file.fileno(), data, 50)
         assert os.pread(file.fileno(), length + 100, 0) == b"\xff" * 50 + data + b"\xff" * 50
+
+
+def test_zeroes_are_written_from_the_start_of_a_page_on() -> None:
+    """Where the kernel misses a page of what it writes, it stops there; killed then, it leaves half a sector."""
+    for length in (1, 512, 1 << 20, (1 << 20) + 1):
+        assert zeroes(length) == bytes(length)
+    assert np.frombuffer(zeroes(512), np.uint8).ctypes.data % mmap.PAGESIZE == 0
+
+
+# Forks, lets the child write zeroes over a file of ones, kills it at some moment, and looks where it stopped.
+KILLED_WRITERS = """
+import os, random, signal, sys
+from diskd.shell.files import write_zeroes
+descriptor, size, chance = os.open(sys.argv[1], os.O_RDWR), 1 << 18, random.Random(int(sys.argv[2]))
+for _ in range(400):
+    os.pwrite(descriptor, b"\\xff" * size, 0)
+    reader, writer = os.pipe()
+    if not (child := os.fork()):
+        os.write(writer, b"!")
+        write_zeroes(descriptor, 0, size)
+        os._exit(0)
+    os.read(reader, 1)
+    for _ in range(chance.randrange(2000)):
+        pass
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    os.close(reader), os.close(writer)
+    stopped = os.pread(descriptor, size, 0).find(b"\\xff")
+    print(stopped if stopped >= 0 else size)
+"""
+
+
+@pytest.mark.skipif(not os.access("/dev/shm", os.W_OK), reason="a write on tmpfs stops at once when killed")
+def test_a_killed_write_of_zeroes_tears_no_sector(tmp_path: Path) -> None:
+    with tempfile.NamedTemporaryFile(dir="/dev/shm", prefix="holdfast-test-") as file:
+        argv = [sys.executable, "-c", KILLED_WRITERS, file.name, "1"]
+        done = subprocess.run(argv, capture_output=True, text=True, check=True, timeout=120)
+    stopped = [int(line) for line in done.stdout.split()]
+    assert len(stopped) == 400
+    assert [at for at in stopped if at % 512] == []
 
 
 def failed_sync_is_final(run: Run) -> None:

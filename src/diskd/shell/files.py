@@ -8,6 +8,7 @@ anew. Syncs of one file take turns, so that of two at once not only one learns o
 
 import ctypes
 import errno
+import mmap
 import os
 import threading
 from collections.abc import Callable
@@ -36,7 +37,6 @@ from diskd.core.steps import (
 T = TypeVar("T")
 
 SCRIPT_THREADS_MAX: Final = 16
-_ZEROES: Final = bytes(1 << 20)
 # The page cache keeps what one write brought in units as large as that write, and a later small write walks
 # all blocks of the unit that it hits: after writes of 1 MiB it takes twice as long as after these (ADR 0030).
 WRITE_PIECE_BYTES: Final = 256 << 10
@@ -44,6 +44,20 @@ KEEP_SIZE: Final = 0x01
 PUNCH_HOLE: Final = 0x02
 ZERO_RANGE: Final = 0x10
 _UNSUPPORTED: Final = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+
+
+def _resident_zeroes() -> memoryview:
+    """1 MiB of zeroes that lie in memory, from the start of a page on.
+
+    Of ``bytes(n)`` the kernel has only the first page, with the object's head in it. A write of it copies up
+    to where that page ends, which is anywhere in a sector of the file, before it fetches the next one: killed
+    between the two, it leaves half a sector zeroed.
+    """
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE
+    return memoryview(mmap.mmap(-1, 1 << 20, flags=flags)).toreadonly()
+
+
+ZEROES: Final = _resident_zeroes()
 
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
@@ -64,12 +78,21 @@ def write_data(descriptor: int, data: bytes | memoryview, offset: int) -> None:
         durable.write_all(descriptor, view[start : start + WRITE_PIECE_BYTES], offset + start)
 
 
+def zeroes(length: int) -> memoryview:
+    """That many to write from, whatever kills the process meanwhile."""
+    if length <= len(ZEROES):
+        return ZEROES[:length]
+    data = bytearray(length)
+    data[:] = bytes(length)  # written once, it is in memory
+    return memoryview(data)
+
+
 def write_zeroes(descriptor: int, offset: int, length: int) -> None:
     """Plain zeroes, where the file system can do nothing better."""
     end = offset + length
     while offset < end:
-        part = min(len(_ZEROES), end - offset)
-        write_data(descriptor, memoryview(_ZEROES)[:part], offset)
+        part = min(len(ZEROES), end - offset)
+        write_data(descriptor, zeroes(part), offset)
         offset += part
 
 

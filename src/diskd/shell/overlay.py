@@ -26,7 +26,7 @@ from diskd.core.merge import Merge
 from diskd.core.overlay import Mode, Piece
 from diskd.core.ports import Allocation
 from diskd.core.steps import Script, Step, before_steps
-from diskd.shell.files import WRITE_PIECE_BYTES, Files, write_data
+from diskd.shell.files import WRITE_PIECE_BYTES, Files, write_data, zeroes
 from diskd.shell.live_map import LiveMap
 from diskd.shell.merging import Merging
 from diskd.shell.overlay_settings import OverlaySettings, Parent
@@ -288,7 +288,7 @@ class OverlayLayer:
         for start, count in plan.parent:
             await self.parent.write_zeroes(start, count, may_trim=may_trim)
         for start, count in plan.edges:
-            await self.write(start, bytes(count))
+            await self.write(start, zeroes(count))
 
     def _has_room(self, new_blocks: int) -> bool:
         limit = self.settings.avhd_limit_bytes
