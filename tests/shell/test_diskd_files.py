@@ -53,7 +53,7 @@ def test_data_is_written_whole_in_small_pieces(length: int, tmp_path: Path) -> N
 
 
 def test_zeroes_are_written_from_the_start_of_a_page_on() -> None:
-    """Where the kernel misses a page of what it writes, it stops there; killed then, it leaves half a sector."""
+    """Where the kernel misses a page of what it writes, it stops: killed then, it leaves half a sector."""
     for length in (1, 512, 1 << 20, (1 << 20) + 1):
         assert zeroes(length) == bytes(length)
     assert np.frombuffer(zeroes(512), np.uint8).ctypes.data % mmap.PAGESIZE == 0
