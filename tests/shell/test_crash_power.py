@@ -14,7 +14,7 @@ import diskd
 import holdfast.crash
 from diskd.shell.files import KEEP_SIZE, PUNCH_HOLE
 from holdfast.crash import power
-from holdfast.crash.journal import Place
+from holdfast.crash.journal import Journal, Place
 from holdfast.crash.syscalls import SystemCalls
 
 A, B, C = (letter * 4096 for letter in (b"a", b"b", b"c"))
@@ -160,6 +160,18 @@ def test_a_later_life_may_sync_what_an_earlier_one_wrote(place, root, calls):
     assert (root / "f").read_bytes() == B
 
 
+def test_a_sync_that_is_noted_late_takes_nothing_back(place, root):
+    """Two descriptors of a file are synced at once: the one that began first may end last."""
+    (root / "f").write_bytes(B)
+    found = (root / "f").stat()
+    journal = Journal(place)
+    journal.add(os.write, "data", found.st_ino, found.st_size, found.st_mtime_ns, 0, A)
+    journal.add(os.write, "sync", found.st_ino, 1)
+    journal.add(os.write, "sync", found.st_ino, 0)
+    assert lose(place, root).sectors == 0
+    assert (root / "f").read_bytes() == B
+
+
 def test_times_are_told_as_a_power_loss_leaves_them(place, root, calls):
     descriptor = file(calls, root)
     before = os.fstat(descriptor)
@@ -198,7 +210,7 @@ def test_an_exchange_goes_back(place, root, calls):
 DYING = """
 import os, sys
 from pathlib import Path
-from holdfast.crash.journal import Place
+from holdfast.crash.journal import Journal, Place
 from holdfast.crash.syscalls import Moment, SystemCalls
 root, place = Path(sys.argv[1]), Place(Path(sys.argv[2]))
 SystemCalls(root, place).install()

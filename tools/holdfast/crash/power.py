@@ -111,7 +111,8 @@ def _unsynced(records: list[tuple[int, int, list[Any]]]) -> list[tuple[int, list
     synced: dict[int, tuple[int, int]] = {}
     for life, _, record in records:
         if record[0] == "sync":
-            synced[record[1]] = (life, record[2])
+            # Of two at once the one that began first, and covers less, may be noted last.
+            synced[record[1]] = max(synced.get(record[1], (-1, 0)), (life, record[2]))
     return [
         (when, record)
         for when, (life, index, record) in enumerate(records)
