@@ -16,7 +16,7 @@ def test_an_isolation_counts_against_nobody_but_the_node_that_was_away(with_stor
     that lost the first of them."""
     story = Story(quarantine_threshold="99")
     expected = dict.fromkeys(NODES, 0)
-    for turn, name in zip(range(90), itertools.cycle(NODES), strict=False):
+    for turn, name in zip(range(60), itertools.cycle(NODES), strict=False):
         leader = story.status["leader"]
         victim = leader if turn % 2 else name
         story.world.run_for(turn * 37 * MILLISECOND)

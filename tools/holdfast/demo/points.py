@@ -101,6 +101,11 @@ def _power_loss(story: Story) -> None:
     stage.say(f"diskd killed and {thrown} shared-memory bitmaps thrown away, as a power loss would")
     for image in (SYSTEM, JOURNAL):
         changes = stage.json("diskctl", "changes", image, "--since", base, "--json")
+        # Nobody writes to the system disk any more: on a slow machine its regions were closed before the kill,
+        # and nothing is in doubt. The guest's journal is being written, whatever the machine.
+        if changes["exact"] and image == SYSTEM:
+            stage.say(f"{image}: exact, since all of its regions had been closed")
+            continue
         stage.expect(not changes["exact"], f"{image}: after a power loss the answer says it is not exact")
         size = stage.json("diskctl", "image", "show", image, "--json")["size"]
         bound = changes["over_report_bytes"]
