@@ -19,7 +19,8 @@ lost in it is *held*: no failover of its VMs is recorded. Windows run on meanwhi
     any --back in contact--> back --window closed--> (none)
 
 "Enough" is by number alone, among those lost in the mass failure, whatever became of their holds: those
-left are too few to be a mass failure. Whoever is let go is not held again before it was back. While a node
+left are too few to be a mass failure. They come back one after the other, so the rest is spared only once
+that has been so for one isolation time. Whoever is let go is not held again before it was back. While a node
 is in the record, its isolation is no ungraceful exit.
 
 A window of less than an isolation time may end before the losses that make a mass failure are all known:
@@ -76,16 +77,29 @@ def suspected(losses: Losses, silent: Collection[str], properties: Properties) -
     return struck(attrs.evolve(losses, ages_ns=ages), properties) & losses.ages_ns.keys()
 
 
-def judged(record: BrakeRecord, losses: Losses, properties: Properties) -> BrakeRecord:
-    """What follows for a record whose elapsed times are those of now."""
+def is_still_mass(record: BrakeRecord, counted: Collection[str], properties: Properties) -> bool:
+    """Whether those of a mass failure that are away, held or let go, are still as many as makes one."""
+    away = _away(record)
+    return is_mass(len(away), len({*counted, *away}), properties)
+
+
+def _away(record: BrakeRecord) -> set[str]:
+    return {name for name, node in record.nodes.items() if node.counts and node.state in ("held", *LET_GO)}
+
+
+def judged(
+    record: BrakeRecord, losses: Losses, properties: Properties, enough_for_ns: int | None = None
+) -> BrakeRecord:
+    """What follows for a record whose elapsed times are those of now. ``enough_for_ns``: for how long it has
+    been no mass failure any more; None: it still was one when it was last judged."""
     hit = struck(losses, properties)
     nodes = {}
     for name in sorted({*record.nodes, *hit}):
         after = _judged_one(name, record.nodes.get(name), losses, properties, is_hit=name in hit)
         if after is not None:
             nodes[name] = after
-    away = [name for name, braked in nodes.items() if braked.counts and braked.state in ("held", *LET_GO)]
-    if not is_mass(len(away), len({*losses.counted, *away}), properties):
+    is_over = enough_for_ns is not None and enough_for_ns >= properties.isolation_ns
+    if is_over and not is_still_mass(BrakeRecord(nodes), losses.counted, properties):
         nodes = {
             name: attrs.evolve(braked, state="spared") if braked.state == "held" else braked
             for name, braked in nodes.items()
@@ -123,9 +137,8 @@ def _judged_one(
 
 def returns_needed(record: BrakeRecord, counted: Collection[str], properties: Properties) -> int:
     """How many of the nodes that are away must be back before nobody is held any more."""
-    away = {name for name, node in record.nodes.items() if node.counts and node.state in ("held", *LET_GO)}
-    members = len({*counted, *away})
-    needed = 0
+    away = _away(record)
+    members, needed = len({*counted, *away}), 0
     while is_mass(len(away) - needed, members, properties):
         needed += 1
     return needed

@@ -46,12 +46,14 @@ class Braking:
     held: list[HeldItem] = attrs.field(factory=list)
     lost_at: dict[str, int] = attrs.field(factory=dict)  # our time of it, while it is lost
     held_since: dict[str, int] = attrs.field(factory=dict)
+    enough_since: int | None = None  # that it is no mass failure any more
     written_at: int = 0
     pending: tuple[BrakeRecord, BrakeRecord] | None = None
 
     def reset(self) -> None:
         """We have just become leader. What we noticed ourselves still counts."""
         self.held_since.clear()
+        self.enough_since = None
         self.current, self.suspects = self.desk.view.brake(), ()
         self.written_at = self.desk.now
 
@@ -78,8 +80,10 @@ class Braking:
 
     def excuses(self, node: str) -> bool:
         """Whether the isolation that has just ended is no ungraceful exit: it was lost in a mass failure, or
-        while one lasted."""
-        return node in self.desk.view.brake().nodes or node in self.current.nodes
+        while one lasted. Our own was, as long as others are not back: it was they who were lost, and we who
+        found ourselves alone."""
+        known = self.desk.view.brake().nodes.keys() | self.current.nodes.keys()
+        return bool(known) if node == self.desk.name else node in known
 
     def decide(self, nodes: dict[str, NodeRecord], proven: Collection[str]) -> None:
         """Judge anew, and write what differs. ``nodes``: every member's record as of now. ``proven``: those
@@ -96,7 +100,12 @@ class Braking:
         counted = counted_members(desk)
         losses = brake.Losses(ages, counted, proven, unsettled)
         aged = self._aged(stored)
-        self.current = brake.judged(aged, losses, desk.properties)
+        enough_for = None if self.enough_since is None else desk.now - self.enough_since
+        self.current = brake.judged(aged, losses, desk.properties, enough_for)
+        if not self.current.held() or brake.is_still_mass(self.current, counted, desk.properties):
+            self.enough_since = None
+        elif self.enough_since is None:
+            self.enough_since = desk.now
         silent = [name for name in counted if in_contact(desk, name) and self._is_silent(name)]
         self.suspects = brake.suspected(losses, silent, desk.properties) - self.current.nodes.keys()
         self._wake()
@@ -140,6 +149,8 @@ class Braking:
         if limit is not None:
             for name in self.current.held():
                 desk.wake(desk.now + limit - self.current.nodes[name].elapsed_ns)
+        if self.enough_since is not None:
+            desk.wake(self.enough_since + desk.properties.isolation_ns)
         if self.suspects:  # who is silent is heard, which is no event of its own, or is lost
             desk.wake(desk.now + desk.properties.heartbeat_interval_ns // 2)
 
@@ -184,6 +195,8 @@ class Braking:
             return
         needed = brake.returns_needed(self.current, counted, self.desk.properties)
         others = f"{needed} of them are back" if needed > 1 else "one of them is back"
+        if not needed:
+            others = "no other is lost for a moment: enough of them are back"
         later = "" if limit is None else f", after {format_duration(limit)}"
         of = f"{', '.join(names)} of {len(counted)} members"
         why = f"{of} were lost in a mass failure, most likely of the network"

@@ -85,6 +85,7 @@ class NodeRecords:
         self.current = {name: self._watched(name, stored[name]) for name in members}
         self.braking.decide(self.current, self._proven())
         self.held += self.braking.held
+        self.current = {name: self._missed(name, stored[name], self.current[name]) for name in members}
         for name in members:
             self.current[name] = self._quarantined(name, self.current[name])
         for name in members:
@@ -104,12 +105,10 @@ class NodeRecords:
         desk, window = self.desk, record.window
         if not is_lost(desk, name):
             self.lost_since.pop(name, None)
-            is_excused = record.quarantine_elapsed_ns is not None or self.braking.excuses(name)
-            if window is None and name in self.uncounted and not is_excused:
-                return quarantine.count_exit(record)
             if window is None or not in_contact(desk, name):
                 return record
             closed = attrs.evolve(record, window=None)
+            is_excused = record.quarantine_elapsed_ns is not None or self.braking.excuses(name)
             is_exit = progressed(window, REWRITE_NEVER_NS).counts and not is_excused
             return quarantine.count_exit(closed) if is_exit else closed
         said = goodbye(desk, name)
@@ -129,6 +128,21 @@ class NodeRecords:
             if window.elapsed_ns < end:
                 desk.wake(desk.now + end - window.elapsed_ns)
         return attrs.evolve(record, window=window)
+
+    def _missed(self, name: str, stored: NodeRecord, record: NodeRecord) -> NodeRecord:
+        """Count an isolation that no leader wrote down. Comes after the brake, which may excuse it: our own
+        waits until those whom nobody blames yet are back, or are known to be the ones that were lost."""
+        if name not in self.uncounted or stored.window is not None or is_lost(self.desk, name):
+            return record
+        if self.braking.excuses(name):
+            del self.uncounted[name]
+            return record
+        if name == self.desk.name and any(
+            is_lost(self.desk, other) and node.window is None and goodbye(self.desk, other) is None
+            for other, node in self.current.items()
+        ):
+            return record
+        return record if record.quarantine_elapsed_ns is not None else quarantine.count_exit(record)
 
     def _longest(self, name: str) -> int:
         view = self.desk.view
