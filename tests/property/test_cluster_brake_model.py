@@ -52,7 +52,7 @@ def test_who_was_lost_in_a_mass_failure(ages: dict[str, int], counted: set[str],
 
 @attrs.define
 class Model:
-    """One life of a cluster, in ticks. Per node: since when it is lost, since when held, and what became of it."""
+    """One life of a cluster, in ticks: since when each node is lost, since when held, what became of it."""
 
     share: str
     hold: int | None
@@ -136,7 +136,7 @@ def test_every_history_comes_to_what_the_model_says(
 
 @given(st.sets(st.sampled_from(NAMES[1:]), min_size=1), st.integers(0, 100), st.integers(0, 100))
 def test_an_older_elapsed_part_only_lengthens_a_hold(names: set[str], written: int, lag: int) -> None:
-    """What a new leader reads is at most as old as it is: whoever it finds held is held in truth, or longer."""
+    """What a new leader reads is at most the truth, so it holds whatever is to be held, or more."""
     limited = properties("0", 50)
     losses = Losses(dict.fromkeys(NAMES[1:], 0), NAMES)
     true = BrakeRecord({name: BrakedNode("held", written + lag) for name in sorted(names)})

@@ -103,27 +103,33 @@ def _check_brake(core: NodeCore, key: str, owner: str) -> None:
 
 
 def _is_plain_mass_failure(core: NodeCore, owner: str) -> bool:
-    """Whether the owner was lost together with so many that the brake must have held it: counted anew from
-    the evidence itself, with half an isolation time between the losses, so that no rounding matters."""
+    """Whether the owner was lost together with so many that the brake must have held it: counted anew, where
+    the evidence itself and the windows agree, with half an isolation time between the losses, so that
+    neither rounding nor a change of leader matters."""
     desk, view = core.desk, core.desk.view
-    lost_at: dict[str, int] = {}
+    lost_at: dict[str, tuple[int, int]] = {}  # by the evidence, and by the window
     for name in view.members():
         peer, node = desk.contacts.peers.get(name), core.nodes.current.get(name)
         if peer is None or peer.advanced_at is None or not peer.met or peer.in_contact:
             continue
-        at = peer.advanced_at + max(desk.contacts.isolation_ns, peer.isolation_ns)
         window = node.window if node is not None else None
-        if window is not None and not window.grace_ns and desk.back_since < at <= desk.now:
-            lost_at[name] = at
+        if window is not None and not window.grace_ns:
+            lasts = max(desk.contacts.isolation_ns, peer.isolation_ns)
+            lost_at[name] = (peer.advanced_at + lasts, desk.now - window.elapsed_ns)
+    if owner not in lost_at:
+        return False
     counted = [
         name
         for name, member in view.members().items()
         if member.admission != "leaving" and view.node(name).quarantine_elapsed_ns is None
     ]
-    if owner not in lost_at:
-        return False
     near = desk.properties.isolation_ns // 2
-    together = [name for name in counted if name in lost_at and abs(lost_at[name] - lost_at[owner]) <= near]
+    together = [
+        name
+        for name in counted
+        if name in lost_at
+        and all(abs(a - b) <= near for a, b in zip(lost_at[name], lost_at[owner], strict=True))
+    ]
     share = desk.properties.mass_failure_brake
     return len(together) >= 2 and len(together) >= share * len(counted) + 1e-9
 
