@@ -202,3 +202,24 @@ def test_turning_it_off_ends_it() -> None:
     story.command(c.SetProperty("mass_failure_brake", "1"), "n1")
     assert story.online("web")["owner"] in ("n1", "n2")
     assert held(story) == []
+
+
+def test_what_is_held_and_let_go_outlives_a_restart_of_every_clusterd() -> None:
+    """They begin without knowing who is lost: until they do, nobody counts as back."""
+    story = with_vms(Story(nodes=4, resiliency_period="20s"), web="n3", db="n4")
+    lose(story, "n3", "n4")
+    story.command(c.ReleaseHold("brake-n3"), "n1")
+    story.until(lambda s: [item["id"] for item in s["held"]] == ["brake", "brake-n4"])
+    for name in ("n1", "n2"):
+        story.do(f"kill {name}.clusterd")
+    for name in ("n1", "n2"):
+        story.do(f"start {name}.clusterd")
+    released = len(story.noted("brake.released"))
+    for _ in range(12):
+        story.world.run_for(SECOND // 2)
+        if story.world.statuses().keys() >= {"n1", "n2"} and story.status["store"] == "ok":
+            assert held(story) == ["brake", "brake-n4"]
+    assert len(story.noted("brake.released")) == released
+    assert len(story.noted("brake.engaged")) == 1
+    story.online("web")
+    story.until(lambda s: s["vms"]["db"]["state"] == "held")

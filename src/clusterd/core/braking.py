@@ -114,9 +114,11 @@ class Braking:
 
     def _is_away(self, name: str, node: NodeRecord) -> bool:
         said = goodbye(self.desk, name)
-        if not is_lost(self.desk, name) or (said is not None and said.kind == "leave"):
+        if in_contact(self.desk, name) or (said is not None and said.kind == "leave"):
             return False
-        return node.window is not None or name in self.desk.view.brake().nodes
+        # A clusterd that has just begun does not know yet who is lost; that is nobody's return.
+        is_known = name in self.desk.view.brake().nodes
+        return is_known or (node.window is not None and is_lost(self.desk, name))
 
     def _is_silent(self, name: str) -> bool:
         return name != self.desk.name and not is_recent(self.desk, name)
