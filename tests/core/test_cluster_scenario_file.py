@@ -29,12 +29,14 @@ def test_every_kind_of_step_is_read() -> None:
             'expect = "vm web online on n2"\nwithin = "4s"\nholds = "2s"',
             'expect = "vm web same-run"',
             'expect = "node n3 quarantined"',
+            'do = "release brake-n3"',
         )
     )
     scenario = parse_scenario(text)
     assert scenario.node_names == ["n1", "n2", "n3"]
     assert scenario.steps[0] == Do("isolate", ("n1",), ("--storage",))
     assert scenario.steps[6] == Wait(1_500_000_000)
+    assert scenario.steps[10] == Do("release", ("brake-n3",))
     expect = scenario.steps[7]
     assert isinstance(expect, Expect)
     assert (expect.within_ns, expect.holds_ns) == (4 * SECOND, 2 * SECOND)

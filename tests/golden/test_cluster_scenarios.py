@@ -30,7 +30,7 @@ def test_scenario_passes_with_its_exact_trace(name: str) -> None:
 
 @pytest.mark.parametrize("seed", [2, 3, 4])
 def test_other_seeds_pass_as_well(seed: int) -> None:
-    for name in ("pulled-cable", "minority", "flapping", "store-lost"):
+    for name in ("pulled-cable", "minority", "flapping", "store-lost", "mass-failure-back"):
         assert simulate(ROOT / name, seed).failures == [], name
 
 

@@ -10,7 +10,7 @@ from clusterd.cli.ctl_client import Cluster, cluster_of
 from clusterd.cli.ctl_node import node
 from clusterd.cli.ctl_vm import JSON, vm
 from clusterd.core import calls
-from clusterd.core.commands import SetProperty
+from clusterd.core.commands import ReleaseHold, SetProperty
 from clusterd.core.types import check_name
 from clusterd.errors import Refused
 from daemonkit.cli import print_json, run_async, run_main
@@ -166,9 +166,18 @@ def hold_list(context: click.Context, as_json: bool) -> None:
 
 @hold.command("release")
 @click.argument("hold_id", metavar="ID")
-def hold_release(hold_id: str) -> None:
-    """Release a hold by hand: not built."""
-    raise OperatorError(f"hold release is not built: {hold_id} ends by what `clusterctl hold list` names")
+@click.pass_context
+def hold_release(context: click.Context, hold_id: str) -> None:
+    """Let go what the mass-failure brake holds; ID as in `clusterctl hold list`.
+
+    `brake` lets go all of it, `brake-NODE` one node, `failover-VM` one VM: they are failed over as their
+    windows end, each fenced first. Whatever else is held ends by what the list names, and by no word of
+    yours: above all a VM without disks, which nothing can fence.
+
+    \b
+    Example: clusterctl hold release brake-n3
+    """
+    click.echo(cluster_of(context).command(calls.HOLD_RELEASE, ReleaseHold(hold_id)).text)
 
 
 @cli.command("get")

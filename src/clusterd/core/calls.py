@@ -15,6 +15,7 @@ from clusterd.core.commands import (
     LeaveNode,
     MoveVm,
     PauseNode,
+    ReleaseHold,
     RemoveNode,
     RemoveVm,
     ResumeNode,
@@ -164,6 +165,7 @@ NODE_LEAVE: Final = Method("node.leave", LeaveNode, Accepted)
 NODE_REMOVE: Final = Method("node.remove", RemoveNode, Accepted)
 NODE_CLEAR_QUARANTINE: Final = Method("node.clear_quarantine", ClearQuarantine, Accepted)
 NODE_CONFIRM_DEAD: Final = Method("node.confirm_dead", ConfirmDead, Accepted)
+HOLD_RELEASE: Final = Method("hold.release", ReleaseHold, Accepted)
 PROPERTY_SET: Final = Method("property.set", SetProperty, Accepted)
 
 COMMANDS: Final[tuple[Method[Any, Accepted], ...]] = (
@@ -178,6 +180,7 @@ COMMANDS: Final[tuple[Method[Any, Accepted], ...]] = (
     NODE_REMOVE,
     NODE_CLEAR_QUARANTINE,
     NODE_CONFIRM_DEAD,
+    HOLD_RELEASE,
     PROPERTY_SET,
 )
 """Those whose parameters are the command as it is."""

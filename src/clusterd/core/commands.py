@@ -89,6 +89,13 @@ class ConfirmDead:
     node: str
 
 
+@attrs.frozen
+class ReleaseHold:
+    """Let go what the mass-failure brake holds: ``brake`` (all of it), ``brake-NODE``, or ``failover-VM``."""
+
+    id: str
+
+
 Command = (
     AddVm
     | RemoveVm
@@ -103,4 +110,5 @@ Command = (
     | RemoveNode
     | ClearQuarantine
     | ConfirmDead
+    | ReleaseHold
 )

@@ -23,6 +23,7 @@ from typing import Final, Literal
 
 import attrs
 
+from clusterd.core.brake import Grip
 from clusterd.core.isolation import period_ns, remaining_ns
 from clusterd.core.properties import Properties
 from clusterd.core.records import Assignment, Run, VmRequest, VmSpec, Window
@@ -36,7 +37,8 @@ Kind = Literal["rest", "window", "start", "stop", "drain", "cancel", "forget", "
 @attrs.frozen
 class Facts:
     """All that counts. ``run``: of the assignment's epoch, else None. ``window``: the owner's, aged to now.
-    ``proven_dead``: this very run is known to have ended (section 6 "Proven dead")."""
+    ``grip``: what the mass-failure brake does to the owner. ``proven_dead``: this very run is known to have
+    ended (section 6 "Proven dead")."""
 
     spec: VmSpec
     assignment: Assignment | None = None
@@ -45,6 +47,7 @@ class Facts:
     owner_in_contact: bool = True
     owner_is_present: bool = True
     owner_is_drained: bool = False
+    grip: Grip = ""
     previous_in_contact: bool = False
     proven_dead: bool = False
     window: Window | None = None
@@ -127,7 +130,8 @@ def _ended(facts: Facts, assignment: Assignment, run: Run) -> Verdict:
 def _lost(facts: Facts, assignment: Assignment, run: Run | None, properties: Properties) -> Verdict:
     """The owner is out of contact. S2: a VM with disks may be taken over, since the new owner must acquire
     every lease first. One without disks only if it is stateless or its run is proven to have ended, or
-    never started: an unclaimed epoch cannot start any more once the assignment has changed."""
+    never started: an unclaimed epoch cannot start any more once the assignment has changed. The brake comes
+    last, and so holds nothing that S2 holds already, nor what an operator orders for this very VM."""
     owner = assignment.owner
     if _is_unstarted(assignment, run):
         return Verdict("start", f"{owner} was lost before it had started it", is_failover=False)
@@ -146,11 +150,27 @@ def _lost(facts: Facts, assignment: Assignment, run: Run | None, properties: Pro
         why = f"the window of {owner} is over" if period else f"{owner} is lost and there is no window"
         if facts.proven_dead:
             why = f"{owner} is proven dead"
+        is_ordered = facts.request is not None and facts.request.verb == "failover"
+        if facts.grip and not (facts.proven_dead or is_ordered):
+            return _braked(facts, owner, why)
         return Verdict("start", why, is_failover=True)
     return Verdict(
         "hold",
         f"it has no disks to fence and is not stateless: whether its run on {owner} still lives is unknown",
         f"{owner} is back, or 'clusterctl node confirm-dead {owner}'",
+    )
+
+
+def _braked(facts: Facts, owner: str, why: str) -> Verdict:
+    """The failover is due, but its owner was lost in a mass failure, or is just being so."""
+    if facts.grip == "suspected":
+        return Verdict("window", f"{why}, but others are silent as well: it may be a mass failure")
+    vm = facts.spec.config.name
+    return Verdict(
+        "hold",
+        f"{why}, but {owner} was lost in a mass failure, and the brake holds its failovers",
+        f"the brake lets go of {owner} ('clusterctl hold list'), 'clusterctl node confirm-dead {owner}', or "
+        f"'clusterctl hold release failover-{vm}'",
     )
 
 

@@ -56,6 +56,8 @@ def _check_write(core: NodeCore, effect: WriteStore) -> None:
             old = view.record(key, records.Assignment)
             if new.action == "run" and (old is None or new.epoch > old.epoch):
                 _check_start(core, key, new)
+                if old is not None and new.previous == old.owner:
+                    _check_brake(core, key, old.owner)
         elif key.endswith("/run") and not {key, key.replace("/run", "/assignment")} <= guards:
             raise _broken(core, "S2", f"{key} is written unguarded")
 
@@ -85,6 +87,51 @@ def _check_start(core: NodeCore, key: str, new: records.Assignment) -> None:
         raise _broken(core, "S4", f"{key} goes to {new.owner}, whose presence is gone")
     if admission(core.desk, new.owner) is not Admission.NORMAL:
         raise _broken(core, "S4", f"{key} goes to {new.owner}, which is not admitted")
+
+
+def _check_brake(core: NodeCore, key: str, owner: str) -> None:
+    """S5: no failover of a VM whose owner is held by the brake, unless the end of its run is proven, or an
+    operator asked for it by name."""
+    view, vm = core.desk.view, key.removeprefix("vms/").removesuffix("/assignment")
+    run, request = view.current_run(vm), view.record(f"vms/{vm}/request", records.VmRequest)
+    if (run is not None and core.nodes.proven_dead(run)) or (request and request.verb == "failover"):
+        return
+    if view.brake().holds(owner):
+        raise _broken(core, "S5", f"{key} is failed over, but {owner} is held by the brake")
+    if owner not in view.brake().nodes and _is_plain_mass_failure(core, owner):
+        raise _broken(core, "S5", f"{key} is failed over, but {owner} was lost in a mass failure")
+
+
+def _is_plain_mass_failure(core: NodeCore, owner: str) -> bool:
+    """Whether the owner was lost together with so many that the brake must have held it: counted anew, where
+    the evidence itself and the windows agree, with half an isolation time between the losses, so that
+    neither rounding nor a change of leader matters."""
+    desk, view = core.desk, core.desk.view
+    lost_at: dict[str, tuple[int, int]] = {}  # by the evidence, and by the window
+    for name in view.members():
+        peer, node = desk.contacts.peers.get(name), core.nodes.current.get(name)
+        if peer is None or peer.advanced_at is None or not peer.met or peer.in_contact:
+            continue
+        window = node.window if node is not None else None
+        if window is not None and not window.grace_ns:
+            lasts = max(desk.contacts.isolation_ns, peer.isolation_ns)
+            lost_at[name] = (peer.advanced_at + lasts, desk.now - window.elapsed_ns)
+    if owner not in lost_at:
+        return False
+    counted = [
+        name
+        for name, member in view.members().items()
+        if member.admission != "leaving" and view.node(name).quarantine_elapsed_ns is None
+    ]
+    near = desk.properties.isolation_ns // 2
+    together = [
+        name
+        for name in counted
+        if name in lost_at
+        and all(abs(a - b) <= near for a, b in zip(lost_at[name], lost_at[owner], strict=True))
+    ]
+    share = desk.properties.mass_failure_brake
+    return len(together) >= 2 and len(together) >= share * len(counted) + 1e-9
 
 
 def check_core(core: NodeCore) -> None:

@@ -77,6 +77,7 @@ class Leader:
 
     def leave_office(self) -> None:
         self.is_in_office = False
+        self.nodes.braking.leave_office()
 
     def facts(self, vm: str) -> Facts:
         """Everything that counts for this VM now."""
@@ -102,6 +103,7 @@ class Leader:
             owner_in_contact=in_contact(desk, owner),
             owner_is_present=view.presence(owner) is not None,
             owner_is_drained=admission(desk, owner) in DRAINED or bool(member and member.drain),
+            grip=self.nodes.braking.grip(owner),
             previous_in_contact=previous is not None and in_contact(desk, previous),
             proven_dead=run is not None and self.nodes.proven_dead(run),
             window=record.window if record else None,

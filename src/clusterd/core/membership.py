@@ -175,11 +175,12 @@ def may_be_us(desk: Desk) -> bool:
     if desk.now < desk.back_since + desk.properties.isolation_ns:
         return True
     names = _counted_present(desk)
-    recent = sum(1 for name in names if name == desk.name or _is_recent(desk, name))
+    recent = sum(1 for name in names if name == desk.name or is_recent(desk, name))
     return 2 * recent < len(names)
 
 
-def _is_recent(desk: Desk, node: str) -> bool:
+def is_recent(desk: Desk, node: str) -> bool:
+    """Whether the node is in contact, and was heard of in the last beats."""
     peer = desk.contacts.peers.get(node)
     if peer is None or peer.advanced_at is None or not peer.in_contact:
         return False

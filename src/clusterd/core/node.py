@@ -11,6 +11,7 @@ from typing import Any
 import attrs
 
 from clusterd.core import events
+from clusterd.core.braking import Braking
 from clusterd.core.desk import Desk
 from clusterd.core.effects import Ready, SendHeartbeat
 from clusterd.core.events import Event
@@ -72,7 +73,7 @@ class NodeCore:
         self.owner = Owner(self.desk, self.store)
         self.registration = Registration(self.desk, self.store, self.owner)
         self.leadership = Leadership(self.desk, self.store)
-        self.nodes = NodeRecords(self.desk, self.store)
+        self.nodes = NodeRecords(self.desk, self.store, Braking(self.desk, self.store))
         self.leader = Leader(self.desk, self.store, self.nodes)
         self.watching = Watching(self.desk, self.owner)
         self.operator = Operator(self.desk, self.store)
@@ -211,6 +212,8 @@ class NodeCore:
         self.leader.written(token, succeeded)
         if token[0] == "node":
             self.nodes.written(token[1], succeeded)
+        elif token[0] == "brake":
+            self.nodes.braking.written(succeeded)
 
     def _start(self) -> None:
         desk = self.desk

@@ -18,12 +18,13 @@ from typing import Final
 import attrs
 
 from clusterd.core import quarantine, records
+from clusterd.core.braking import Braking
 from clusterd.core.desk import Desk
 from clusterd.core.isolation import longest_ns, opened, progressed
 from clusterd.core.membership import all_in_contact, counted_members, goodbye, in_contact, is_lost, may_be_us
 from clusterd.core.records import HeldItem, NodeRecord
 from clusterd.core.store_session import StoreSession
-from clusterd.core.types import EventName
+from clusterd.core.types import FINAL_RUN_STATES, EventName
 
 REWRITE_NEVER_NS: Final = 1 << 62
 UNCOUNTED_SESSIONS: Final = 4  # by then a leader has been found, or there is none to count
@@ -33,6 +34,7 @@ UNCOUNTED_SESSIONS: Final = 4  # by then a leader has been found, or there is no
 class NodeRecords:
     desk: Desk
     store: StoreSession
+    braking: Braking
     current: dict[str, NodeRecord] = attrs.field(factory=dict)
     held: list[HeldItem] = attrs.field(factory=list)
     anchors: dict[str, tuple[int, int]] = attrs.field(factory=dict)  # mod revision, our time of it
@@ -49,10 +51,12 @@ class NodeRecords:
         self.lost_since.clear()
         self.written_at.clear()
         self.capped.clear()
+        self.braking.reset()
 
     def observe(self) -> None:
         """Every round, leader or not: remember isolations that may stay uncounted."""
         desk = self.desk
+        self.braking.observe()
         if all_in_contact(desk) and not (desk.is_self_isolated or self.lost_at or self.uncounted):
             return
         members = counted_members(desk)
@@ -79,6 +83,9 @@ class NodeRecords:
         self.held = []
         stored = {name: self._aged(name) for name in members}
         self.current = {name: self._watched(name, stored[name]) for name in members}
+        self.braking.decide(self.current, self._proven())
+        self.held += self.braking.held
+        self.current = {name: self._missed(name, stored[name], self.current[name]) for name in members}
         for name in members:
             self.current[name] = self._quarantined(name, self.current[name])
         for name in members:
@@ -98,12 +105,11 @@ class NodeRecords:
         desk, window = self.desk, record.window
         if not is_lost(desk, name):
             self.lost_since.pop(name, None)
-            if window is None and name in self.uncounted and record.quarantine_elapsed_ns is None:
-                return quarantine.count_exit(record)
             if window is None or not in_contact(desk, name):
                 return record
             closed = attrs.evolve(record, window=None)
-            is_exit = progressed(window, REWRITE_NEVER_NS).counts and record.quarantine_elapsed_ns is None
+            is_excused = record.quarantine_elapsed_ns is not None or self.braking.excuses(name)
+            is_exit = progressed(window, REWRITE_NEVER_NS).counts and not is_excused
             return quarantine.count_exit(closed) if is_exit else closed
         said = goodbye(desk, name)
         if said is not None and said.kind == "leave":
@@ -122,6 +128,21 @@ class NodeRecords:
             if window.elapsed_ns < end:
                 desk.wake(desk.now + end - window.elapsed_ns)
         return attrs.evolve(record, window=window)
+
+    def _missed(self, name: str, stored: NodeRecord, record: NodeRecord) -> NodeRecord:
+        """Count an isolation that no leader wrote down. Comes after the brake, which may excuse it: our own
+        waits until those whom nobody blames yet are back, or are known to be the ones that were lost."""
+        if name not in self.uncounted or stored.window is not None or is_lost(self.desk, name):
+            return record
+        if self.braking.excuses(name):
+            del self.uncounted[name]
+            return record
+        if name == self.desk.name and any(
+            is_lost(self.desk, other) and node.window is None and goodbye(self.desk, other) is None
+            for other, node in self.current.items()
+        ):
+            return record
+        return record if record.quarantine_elapsed_ns is not None else quarantine.count_exit(record)
 
     def _longest(self, name: str) -> int:
         view = self.desk.view
@@ -195,6 +216,17 @@ class NodeRecords:
             note(EventName.NODE_QUARANTINED, node=name, exits=len(after.exit_ages_ns))
         if was and not now:
             note(EventName.NODE_QUARANTINE_RELEASED, node=name)
+
+    def _proven(self) -> set[str]:
+        """Of the nodes that ran anything, those of which all that they ran is known to have ended."""
+        view = self.desk.view
+        runs: dict[str, list[records.Run]] = {}
+        if any(record.window is not None for record in self.current.values()):
+            for vm in view.vms():
+                run = view.current_run(vm)
+                if run is not None and run.state not in FINAL_RUN_STATES:
+                    runs.setdefault(run.node, []).append(run)
+        return {name for name, theirs in runs.items() if all(map(self.proven_dead, theirs))}
 
     def proven_dead(self, run: records.Run) -> bool:
         """Whether this very run is known to have ended (section 6 "Proven dead")."""

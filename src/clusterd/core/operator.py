@@ -9,19 +9,19 @@ from typing import Any, Final
 
 import attrs
 
+from clusterd.core import braking, effects, quarantine, records
 from clusterd.core import commands as c
-from clusterd.core import effects, quarantine, records
 from clusterd.core.desk import Desk
 from clusterd.core.membership import in_contact, liveness, why_not_placed
-from clusterd.core.properties import DEFAULTS, parse_properties
+from clusterd.core.properties import parse_properties
 from clusterd.core.store_session import StoreSession
 from clusterd.core.types import FINAL_RUN_STATES, UNSTARTED_RUN_STATES, VMS_MAX, EventName, Liveness, check_vm
 from clusterd.errors import Refused
 from daemonkit.units import SECOND
 
 PATIENCE_NS: Final = 5 * SECOND
+HOLD_ID_MAX: Final = 80  # a kind and a name
 COMMANDS_MAX: Final = 64  # waiting at once; an operator's script that sends more is told to slow down
-NOT_BUILT: Final = ("mass_failure_brake", "mass_failure_hold")
 
 
 @attrs.frozen
@@ -32,6 +32,7 @@ class Change:
     puts: tuple[tuple[str, Any], ...] = ()
     deletes: tuple[str, ...] = ()
     text: str = ""
+    nodes: tuple[str, ...] = ()  # that the brake lets go by it
 
 
 @attrs.define
@@ -40,6 +41,7 @@ class Waiting:
     until: int
     given_at: int
     text: str = ""
+    nodes: tuple[str, ...] = ()
 
 
 @attrs.define
@@ -78,7 +80,7 @@ class Operator:
         except Refused as error:
             self._answer(ticket, False, str(error), is_unknown=bool(waiting.text))
             return
-        waiting.text = change.text
+        waiting.text, waiting.nodes = change.text, change.nodes
         if not change.puts and not change.deletes:
             self._answer(ticket, True, change.text)
             return
@@ -93,6 +95,9 @@ class Operator:
             command = self.waiting[ticket].command
             if isinstance(command, c.ConfirmDead):
                 self.desk.note(EventName.NODE_PROVEN_DEAD, node=command.node, by="operator")
+            if isinstance(command, c.ReleaseHold) and self.waiting[ticket].nodes:
+                nodes = list(self.waiting[ticket].nodes)
+                self.desk.note(EventName.BRAKE_RELEASED, nodes=nodes, reason="released by an operator")
             self._answer(ticket, True, self.waiting[ticket].text)
 
     def _answer(self, ticket: int, accepted: bool, text: str, *, is_unknown: bool = False) -> None:
@@ -210,10 +215,6 @@ def _set_property(desk: Desk, command: c.SetProperty) -> Change:
     record = desk.view.record("properties", records.PropertyTexts)
     texts = {**(record.texts if record else {}), command.name: command.value}
     parse_properties(texts)
-    if command.name in NOT_BUILT and command.value != DEFAULTS[command.name]:
-        raise Refused(
-            f"{command.name}: the mass-failure brake is not built yet; only its default is accepted"
-        )
     return Change(
         ("properties",),
         (("properties", records.PropertyTexts(texts)),),
@@ -309,6 +310,34 @@ def _unproven_boots(desk: Desk, node: str) -> list[str]:
     return sorted(boots)
 
 
+def _release_hold(desk: Desk, command: c.ReleaseHold) -> Change:
+    """Only the brake takes an operator's word. What S2, the cap or a lack of room hold, only facts end."""
+    found = braking.release(desk, command.id)
+    if found is not None:
+        record, let_go = found
+        if not let_go:
+            return Change(("brake",), text=f"{command.id} is released already")
+        text = f"the failovers of {', '.join(let_go)} go on as their windows end"
+        return Change(("brake",), (("brake", record),), text=text, nodes=tuple(let_go))
+    held = desk.view.record("held", records.HeldList) or records.HeldList(())
+    item = next((item for item in held.items if item.id == command.id), None)
+    if item is None:
+        shown = command.id[:HOLD_ID_MAX]
+        raise Refused(f"nothing is held under {shown!r}: 'clusterctl hold list' shows what is")
+    if _is_held_by_the_brake(desk, item):
+        return _failover_vm(desk, c.FailoverVm(item.subject))
+    raise Refused(f"{item.id} cannot be released by hand ({item.why}): it ends when {item.ends_when}")
+
+
+def _is_held_by_the_brake(desk: Desk, item: records.HeldItem) -> bool:
+    """Whether a VM's failover waits for nothing but the brake. S2 comes first: no disks to fence, no word."""
+    spec, assignment = desk.view.spec(item.subject), desk.view.assignment(item.subject)
+    if item.kind != "failover" or spec is None or assignment is None:
+        return False
+    can_be_fenced = bool(spec.config.disks) or spec.config.stateless
+    return can_be_fenced and desk.view.brake().holds(assignment.owner)
+
+
 BUILDERS: Final[dict[type, Callable[[Desk, Any], Change]]] = {
     c.AddVm: _add_vm,
     c.RemoveVm: _remove_vm,
@@ -323,4 +352,5 @@ BUILDERS: Final[dict[type, Callable[[Desk, Any], Change]]] = {
     c.RemoveNode: _remove_node,
     c.ClearQuarantine: _clear_quarantine,
     c.ConfirmDead: _confirm_dead,
+    c.ReleaseHold: _release_hold,
 }

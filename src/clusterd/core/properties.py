@@ -44,7 +44,7 @@ class Properties:
     quarantine_duration_ns: int = 2 * HOUR
     quarantine_cap: float = 0.25
     mass_failure_brake: float = 0.5
-    mass_failure_hold: str = "never"
+    mass_failure_hold_ns: int | None = None
     store_session_ns: int = 15 * SECOND
     restart_grace_ns: int = 120 * SECOND
     storage_timeout_ns: int = 1800 * SECOND
@@ -86,14 +86,16 @@ _DURATIONS: Final = frozenset(
 _CHOICES: Final = {
     "resiliency_level": ("off", "always", "uncertain"),
     "isolation_response": ("leave", "stop"),
-    "mass_failure_hold": ("never",),
 }
 _WHOLE: Final = {"heartbeat_threshold": (THRESHOLD_MIN, THRESHOLD_MAX), "quarantine_threshold": (1, 100)}
 _SHARES: Final = frozenset({"quarantine_cap", "mass_failure_brake"})
+_DURATIONS_OR_NEVER: Final = frozenset({"mass_failure_hold"})
 
 
 def _value(name: str, text: str) -> Any:
-    if name in _DURATIONS:
+    if name in _DURATIONS_OR_NEVER and text == "never":
+        return None
+    if name in _DURATIONS or name in _DURATIONS_OR_NEVER:
         try:
             return parse_duration(text)
         except UnitError as error:
@@ -125,7 +127,8 @@ def parse_properties(texts: dict[str, str]) -> Properties:
             near = difflib.get_close_matches(name, DEFAULTS, n=1)
             hint = f", did you mean {near[0]!r}?" if near else f" (known: {', '.join(DEFAULTS)})"
             raise Refused(f"unknown property {name!r}{hint}")
-        values[f"{name}_ns" if name in _DURATIONS else name] = _value(name, text)
+        is_duration = name in _DURATIONS or name in _DURATIONS_OR_NEVER
+        values[f"{name}_ns" if is_duration else name] = _value(name, text)
     properties = Properties(**values)
     _check_together(properties)
     return properties
@@ -150,6 +153,8 @@ def _check_together(p: Properties) -> None:
         raise Refused("quarantine_window is shorter than the isolation time: no two exits could fall into it")
     if p.quarantine_duration_ns <= 0:
         raise Refused("quarantine_duration: must be more than 0")
+    if p.mass_failure_hold_ns is not None and p.mass_failure_hold_ns <= 0:
+        raise Refused("mass_failure_hold: must be more than 0, or never; mass_failure_brake 1 turns it off")
 
 
 def property_texts(texts: dict[str, str]) -> dict[str, str]:
@@ -164,6 +169,9 @@ def property_document(texts: dict[str, str]) -> dict[str, Any]:
     for name in DEFAULTS:
         if name in _DURATIONS:
             document[name] = to_seconds(getattr(properties, f"{name}_ns"))
+        elif name in _DURATIONS_OR_NEVER:
+            held_ns = getattr(properties, f"{name}_ns")
+            document[name] = "never" if held_ns is None else to_seconds(held_ns)
         else:
             document[name] = getattr(properties, name)
     return document

@@ -15,6 +15,7 @@ Keys lie under ``/holdfast/CLUSTER/``. Values are JSON objects, so that ``etcdct
 | ``nodes/NODE``      | NodeRecord   | the leader (operator: clear-quarantine)              |
 | ``moves/NODE``      | MovedAway    | the leader, with every assignment taken from NODE    |
 | ``held``            | HeldList     | the leader                                           |
+| ``brake``           | BrakeRecord  | the leader (operator: hold release)                  |
 | ``vmset``           | VmSet        | operator, with every VM that takes new images        |
 | ``vms/VM/spec``     | VmSpec       | operator                                             |
 | ``vms/VM/request``  | VmRequest    | operator; removed by the leader when it acts on it   |
@@ -165,6 +166,37 @@ class HeldList:
     items: tuple[HeldItem, ...]
 
 
+BrakeState = Literal["held", "spared", "proven", "released", "expired", "back"]
+"""What the mass-failure brake does to a node (``brake`` tells the meanings). Only ``held`` holds anything."""
+
+
+@attrs.frozen
+class BrakedNode:
+    """``elapsed_ns``: how long it has been held, at the time of writing. ``counts``: whether it is one of the
+    members by whose number it is judged how many are away."""
+
+    state: BrakeState
+    elapsed_ns: int = 0
+    counts: bool = True
+
+
+@attrs.frozen
+class BrakeRecord:
+    """The nodes that were lost in a mass failure, or while one lasted, and are not back yet. A key of its own
+    and not fields of NodeRecord: a clusterd of before there was a brake skips keys that it does not know."""
+
+    nodes: dict[str, BrakedNode] = attrs.field(factory=dict)
+
+    def holds(self, node: str) -> bool:
+        """Whether this node's failovers are held."""
+        braked = self.nodes.get(node)
+        return braked is not None and braked.state == "held"
+
+    def held(self) -> list[str]:
+        """The nodes whose failovers are held, ascending."""
+        return sorted(name for name in self.nodes if self.holds(name))
+
+
 @attrs.frozen
 class VmSpec:
     config: VmConfig
@@ -236,6 +268,7 @@ KINDS: Final[dict[str, type]] = {
     "leader": Leader,
     "epoch": EpochCounter,
     "held": HeldList,
+    "brake": BrakeRecord,
     "vmset": VmSet,
     "members/": Member,
     "presence/": Presence,

@@ -21,6 +21,7 @@ from clusterd.core.watching import Watching
 from daemonkit.units import format_duration, to_seconds
 
 GONE: Final = (Liveness.ISOLATED, Liveness.DOWN)
+OF_VMS: Final = ("start", "failover", "fence")  # kinds of held items that say what state a VM is in
 RUN_WORDS: Final = {
     "fencing": VmState.STARTING,
     "held": VmState.HELD,
@@ -196,7 +197,7 @@ class Chronicle:
         return self.desk.view.current_run(vm)
 
     def _held_of(self, vm: str) -> HeldItem | None:
-        return next((item for item in self.held() if item.subject == vm and item.kind != "drain"), None)
+        return next((item for item in self.held() if item.subject == vm and item.kind in OF_VMS), None)
 
     def vm_state(self, vm: str) -> VmState:
         """One of the states of DESIGN section 2."""

@@ -12,6 +12,7 @@ from clusterd.core.properties import Properties, parse_properties
 
 R = TypeVar("R")
 NOTHING_RECORDED: Final = records.NodeRecord()
+NOTHING_HELD: Final = records.BrakeRecord()
 
 
 @attrs.frozen
@@ -135,6 +136,10 @@ class StoreView:
     def node(self, node: str) -> records.NodeRecord:
         """The leader's record of a node; an empty one where there is none."""
         return self.record(f"nodes/{node}", records.NodeRecord) or NOTHING_RECORDED
+
+    def brake(self) -> records.BrakeRecord:
+        """What the mass-failure brake holds; an empty record where it holds nothing."""
+        return self.record("brake", records.BrakeRecord) or NOTHING_HELD
 
     def spec(self, vm: str) -> records.VmSpec | None:
         return self.record(f"vms/{vm}/spec", records.VmSpec)

@@ -166,6 +166,8 @@ class EventName(enum.Enum):
     NODE_QUARANTINED = "node.quarantined"
     NODE_QUARANTINE_RELEASED = "node.quarantine_released"
     QUARANTINE_HELD_BY_CAP = "quarantine.held_by_cap"
+    BRAKE_ENGAGED = "brake.engaged"  # these nodes were lost in a mass failure: their failovers are held
+    BRAKE_RELEASED = "brake.released"  # these nodes' failovers are held no more, with the reason
     NODE_INCARNATION_JUMPED = "node.incarnation_jumped"
     LOOP_STALLED = "loop.stalled"
     LEADER_ELECTED = "leader.elected"

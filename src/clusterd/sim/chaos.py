@@ -75,6 +75,8 @@ class Chaos:
         return [
             self._isolate,
             self._isolate,
+            self._mass_failure,
+            self._release,
             self._cut,
             self._cut,
             self._heal,
@@ -106,6 +108,19 @@ class Chaos:
 
     def _isolate(self) -> None:
         self._fault("isolate", self._node(), flags=self.randomness.choice([(), (), ("--storage",)]))
+
+    def _mass_failure(self) -> None:
+        """Several at once, cut off or without power, or one after the other within an isolation time."""
+        names = self.randomness.sample(self.world.names, self.randomness.randint(2, len(self.world.names)))
+        verb = self.randomness.choice(["isolate", "isolate", "kill"])
+        gap = self.randomness.choice([0, 0, 300 * MILLISECOND])
+        for number, name in enumerate(names):
+            self.world.after(number * gap, lambda n=name: self._fault(verb, n))  # type: ignore[misc] # mypy cannot infer a lambda with a default
+
+    def _release(self) -> None:
+        """An operator lets go what the brake holds, or tries to."""
+        ids = ["brake", f"brake-{self._node()}", f"failover-{self.randomness.choice(self.vms).name}"]
+        self._order(c.ReleaseHold(self.randomness.choice(ids)))
 
     def _cut(self) -> None:
         ends = self.randomness.sample([*self.world.names, "store", "diskd"], 2)
@@ -190,6 +205,11 @@ class Chaos:
             ("isolation_response", "stop"),
             ("isolation_response", "leave"),
             ("store_session", "4s"),
+            ("mass_failure_brake", "0.3"),
+            ("mass_failure_brake", "0.5"),
+            ("mass_failure_brake", "1"),
+            ("mass_failure_hold", "3s"),
+            ("mass_failure_hold", "never"),
         ]
         self._order(c.SetProperty(*self.randomness.choice(changes)))
 
@@ -246,6 +266,9 @@ class Chaos:
         found = [f"{name} is {n['state']}" for name, n in status["nodes"].items() if not self._is_well(n)]
         if status["leader"] is None:
             found.append("there is no leader")
+        found += [
+            f"{item['id']} is held: {item['why']}" for item in status["held"] if item["kind"] == "brake"
+        ]
         for vm, entry in status["vms"].items():
             live = world.processes_of(vm)
             where = [(host.name, process.epoch) for host, process in live]

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import attrs
 
-from clusterd.core.commands import AddVm
+from clusterd.core.commands import AddVm, ReleaseHold
 from clusterd.core.types import Disk, VmConfig
 from clusterd.errors import Refused
 from clusterd.sim.scenario import (
@@ -112,11 +112,28 @@ class ScenarioRun:
         self.failures.append(f"within {format_duration(SETTLE_NS)} it did not come true that {what}")
         return False
 
+    def _release(self, hold_id: str) -> bool:
+        """As an operator, at the node to believe; a refusal is a failure of the scenario."""
+        status = self._status()
+        if status is None:
+            self.failures.append(f"release {hold_id}: no node answers")
+            return False
+        ticket = self.world.command(status["answered_by"], ReleaseHold(hold_id))
+        answers = self.world.answers
+        self.world.run_while(lambda: ticket not in answers, self.world.now + SETTLE_NS)
+        if ticket not in answers or not answers[ticket].accepted:
+            self.failures.append(f"release {hold_id}: {answers.get(ticket)}")
+            return False
+        return True
+
     def _step(self, step: Do | Wait | Expect) -> bool:
         world = self.world
         if isinstance(step, Do):
             self._say(str(step))
-            apply_fault(world, step)
+            if step.verb != "release":
+                apply_fault(world, step)
+            elif not self._release(step.args[0]):
+                return False
         elif isinstance(step, Wait):
             end = world.now + step.duration_ns
             while world.now < end:

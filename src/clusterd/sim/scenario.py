@@ -29,6 +29,7 @@ VERBS: Final[dict[str, tuple[int, int, tuple[str, ...]]]] = {  # least and most 
     "start": (1, 1, ()),
     "pause": (1, 1, ()),
     "resume": (1, 1, ()),
+    "release": (1, 1, ()),  # what an operator does: clusterctl hold release ID
 }
 SERVICES: Final = ("store", "diskd")
 NODE_STATES: Final = frozenset(state.value for state in (*Liveness, *Admission)) - {"normal"}
@@ -86,7 +87,7 @@ class Expectation:
 
 @attrs.frozen
 class Do:
-    """A fault or its end: a verb of ``lab`` with its arguments."""
+    """A fault or its end: a verb of ``lab`` with its arguments; or ``release``, of ``clusterctl hold``."""
 
     verb: str
     args: tuple[str, ...]
@@ -238,6 +239,8 @@ def _do(text: str, nodes: set[str], vms: set[str], where: str) -> Do:
     ends = nodes | set(SERVICES)
     if verb in ("cut", "delay", "loss", "reset", "heal"):
         wrong = [end for end in args[:2] if end not in ends]
+    elif verb == "release":
+        wrong = []  # which ids there are depends on what is held then
     elif verb == "isolate":
         wrong = [end for end in args if end not in nodes]
     else:

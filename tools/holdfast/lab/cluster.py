@@ -22,8 +22,8 @@ from typing import Any, Final
 import attrs
 import trio
 
-from clusterd.core.calls import PROPERTY_SET
-from clusterd.core.commands import SetProperty
+from clusterd.core.calls import HOLD_RELEASE, PROPERTY_SET
+from clusterd.core.commands import ReleaseHold, SetProperty
 from daemonkit.cli import call_once
 from daemonkit.durable import replace_file
 from daemonkit.errors import OperatorError
@@ -356,6 +356,12 @@ class Lab:
             except CallFailed as error:
                 last = error
         raise last or views.NotReached("the lab has no nodes")
+
+    async def release_hold(self, hold_id: str) -> None:
+        """``clusterctl hold release``, at a node that is not cut off. Raises OperatorError."""
+        node = (await self.cluster_status())["answered_by"]
+        control = Address.parse(self.layout.direct[f"{node}.control"])
+        await call_once(control, HOLD_RELEASE, ReleaseHold(hold_id))
 
     async def set_properties(self, properties: dict[str, str]) -> None:
         for name, value in properties.items():

@@ -73,6 +73,8 @@ async def perform(lab: Lab, do: Do) -> None:
         await lab.reset(first, second)
     elif do.verb == "heal":
         await lab.heal(first or None, second or None)
+    elif do.verb == "release":
+        await lab.release_hold(first)
     else:
         verbs: dict[str, Callable[[str], Awaitable[None]]] = {
             "kill": lab.kill,
