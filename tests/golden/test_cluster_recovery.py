@@ -215,6 +215,25 @@ def test_a_copy_of_before_the_recovery_is_an_older_one() -> None:
     all_up(story)
 
 
+def test_an_older_copy_is_known_as_one_after_a_restart_of_every_clusterd() -> None:
+    story = running()
+    copy = story.world.store.revision, dict(story.world.store.entries)
+    story.command(c.AddVm(vm("late", on="n1", disks=())))
+    story.online("late")
+    story.world.run_for(5 * SECOND)
+    before = pids(story, "web", "db", "lone", "late")
+    for host in story.world.hosts.values():
+        story.world.kill_clusterd(host)
+    story.world.store = SimStore(copy[0], copy[1], next_lease=5000)
+    for host in story.world.hosts.values():
+        story.world.start(host)
+    story.world.run_for(5 * SECOND)
+    assert {s["store"] for s in story.world.statuses().values()} == {"unknown"}
+    assert Recovery(story.world, "n3", NOBODY).run()
+    all_up(story)
+    assert pids(story, "web", "db", "lone", "late") == before
+
+
 def test_the_pictures_survive_a_restart_of_every_clusterd() -> None:
     story = running()
     before = pids(story, "web", "db", "lone")

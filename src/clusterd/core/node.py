@@ -222,6 +222,7 @@ class NodeCore:
         desk = self.desk
         desk.started_at = self.beat_at = desk.now
         desk.note(EventName.NODE_STARTED, node=desk.name, incarnation=desk.state.incarnation)
+        self.memory.start()
         self.owner.start()
         self._beat()
 

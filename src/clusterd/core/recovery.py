@@ -23,7 +23,7 @@ from clusterd.core.events import StoreEntry
 from clusterd.core.picture import Picture, is_kept
 from clusterd.core.store_identity import GOOD, Marks, StoreHead, judge_store, read_head
 from clusterd.core.testimony import Testimony
-from clusterd.core.types import FINAL_RUN_STATES, Desired, VmConfig
+from clusterd.core.types import FINAL_RUN_STATES, Desired, Disk, VmConfig
 from clusterd.core.vm_fate import Fate, Known, LeaseSeen, node_of, vm_fate
 from clusterd.errors import Refused
 
@@ -85,6 +85,15 @@ class Plan:
 def newest_picture(found: Iterable[Picture | None]) -> Picture | None:
     """Of these pictures of one cluster."""
     return max((one for one in found if one is not None), key=lambda one: one.age_key, default=None)
+
+
+def disks_of(evidence: Evidence) -> tuple[Disk, ...]:
+    """All disks of which diskd is to be asked: those of the base's VMs and of the runs."""
+    base, _ = _base(evidence, read_head(evidence.prefix, evidence.entries))
+    view = _Base.of(base)
+    configs = [view.parsed[f"vms/{vm}/spec"].config for vm in view.vms()]
+    configs += [run.config for told in evidence.testimonies.values() for run in told.runs]
+    return tuple(sorted({disk for config in configs for disk in config.disks}))
 
 
 def plan(evidence: Evidence, request: Request) -> Plan:

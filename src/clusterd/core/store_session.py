@@ -54,6 +54,7 @@ class StoreSession:
     writes: dict[int, OpenWrite] = attrs.field(factory=dict)
     is_foreign: bool = False
     epoch_seen: int = 0
+    revision_kept: int = 0  # of the picture that a former clusterd kept
     expected_version: int = -1
 
     @property
@@ -153,7 +154,7 @@ class StoreSession:
         return Marks(
             state.store_id,
             max(self.epoch_seen, state.epoch_seen),
-            max(self.reading_since_revision, state.revision_seen),
+            max(self.reading_since_revision, state.revision_seen, self.revision_kept),
             state.recovery,
             state.recovery_token,
         )
@@ -187,6 +188,7 @@ class StoreSession:
         self.session_request, self.keep_at = None, self.desk.now
         self.desk.lease, self.desk.lease_good_until, self.granted_ttl_ns = None, 0, 0
         self.writes.clear()
+        self.revision_kept = 0
         self.desk.view.start_over()
 
     def _foreign(self, reason: str) -> None:

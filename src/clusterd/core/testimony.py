@@ -63,6 +63,13 @@ class Memory:
     version: int = -1
     keep_at: int = 0
 
+    def start(self) -> None:
+        """What was kept also shows how far the store had come: a copy from before that is an older one (S6).
+        The state file may not: it is written when a run begins or ends, not when the store moves on."""
+        kept, state = self.kept, self.desk.state
+        if kept is not None and (kept.store_id, kept.recovery) == (state.store_id, state.recovery):
+            self.store.revision_kept = kept.revision
+
     def decide(self) -> None:
         """Keep the picture where it has changed. Comes again with every read of the store, so nothing has to
         wake us for it."""
