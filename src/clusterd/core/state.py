@@ -35,9 +35,9 @@ class NodeState:
     store_id: str | None = None
     epoch_seen: int = 0
     revision_seen: int = 0
+    intents: dict[str, Intent] = attrs.field(factory=dict)
     recovery: int = 0
     recovery_token: str = ""
-    intents: dict[str, Intent] = attrs.field(factory=dict)
 
 
 def encode_state(state: NodeState) -> bytes:
