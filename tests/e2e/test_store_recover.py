@@ -74,8 +74,12 @@ async def test_store_recover(tmp_path: Path) -> None:
         await cluster.ok("store", "recover")
         assert runs(await recovered(cluster)) == before
 
-        # Nothing at all is left of it, and n3 stays away until after the recovery.
+        # Nothing at all is left of it, n3 stays away until after the recovery, and n1, which is asked, has no
+        # picture of its own: it fetches another's.
         await stop_witness(cluster)
+        await cluster.members["n1"].kill()
+        (tmp_path / "n1" / "data" / "picture.json").unlink()
+        await cluster.members["n1"].start()
         replace_store(cluster, None)
         await start_witness(cluster, listen)
         await cluster.members["n3"].kill()

@@ -11,6 +11,7 @@ from clusterd.core.recovery import Request
 from clusterd.core.types import check_name
 from clusterd.core.vm_fate import WORDS
 from daemonkit.cli import print_json
+from daemonkit.progress import Progress
 
 
 @click.group()
@@ -63,12 +64,13 @@ def recover(
     """
     cluster = cluster_of(context)
     request = Request(without, without_diskd, replace)
-    plan = cluster.read(calls.STORE_PLAN, request).document
+    plan = cluster.work(calls.STORE_PLAN, request, Progress(as_json)).document
     if not as_json:
         _show(plan)
     text = None
     if not dry_run:
-        text = cluster.command(calls.STORE_RECOVER, calls.RecoverStore(request, plan["digest"])).text
+        order = calls.RecoverStore(request, plan["digest"])
+        text = cluster.work(calls.STORE_RECOVER, order, Progress(as_json)).text
     if as_json:
         print_json({**plan, "done": not dry_run})
     elif text is not None:
