@@ -125,7 +125,7 @@ async def test_what_is_wrong_is_one_line_and_an_exit_code(tmp_path: Path) -> Non
             (("clusterctl", "--node", "127.0.0.1:1", "status"), 1, "cannot connect to 127.0.0.1:1"),
             (("clusterctl", "--node", "127.0.0.1", "status"), 2, "is not an address"),
             (("clusterctl", "--node", "127.0.0.1:1", "vm", "show", "No/Name"), 1, "a name is"),
-            (("clusterctl", "store", "recover"), 1, "store recover is not built"),
+            (("clusterctl", "store", "recover", "--without", "No/Name"), 1, "a name is"),
             (("clusterctl", "node", "add", "x.toml"), 1, "node add is not built"),
         ]  # fmt: skip
         for words, code, says in cases:

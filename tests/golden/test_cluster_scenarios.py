@@ -96,5 +96,6 @@ def test_crash_anywhere(name: str) -> None:
 
 def test_every_declared_event_occurs_in_a_golden() -> None:
     told = "".join("\n".join(expected_trace(ROOT / name) or []) for name in SCENARIOS)
-    told += (Path(__file__).parent / "test_cluster_stories.py").read_text(encoding="utf-8")
+    for stories in ("test_cluster_stories.py", "test_cluster_recovery.py"):
+        told += (Path(__file__).parent / stories).read_text(encoding="utf-8")
     assert [event.value for event in EventName if event.value not in told] == []

@@ -8,6 +8,7 @@ import trio
 
 from clusterd.cli.ctl_client import Cluster, cluster_of
 from clusterd.cli.ctl_node import node
+from clusterd.cli.ctl_store import store
 from clusterd.cli.ctl_vm import JSON, vm
 from clusterd.core import calls
 from clusterd.core.commands import ReleaseHold, SetProperty
@@ -35,6 +36,7 @@ def cli(node: tuple[str, ...], key: str | None) -> None:
 
 cli.add_command(vm)
 cli.add_command(node)
+cli.add_command(store)
 
 
 @cli.command()
@@ -211,18 +213,6 @@ def set_property(context: click.Context, name: str, value: str) -> None:
     Example: clusterctl set resiliency_period 2m
     """
     click.echo(cluster_of(context).command(calls.PROPERTY_SET, SetProperty(name, value)).text)
-
-
-@cli.group()
-def store() -> None:
-    """The cluster's database."""
-
-
-@store.command("recover")
-def store_recover() -> None:
-    """Rebuild a lost store from what the nodes know: not built."""
-    raise OperatorError("store recover is not built: every VM keeps running, and none is started, until"
-                        " the old store is back")  # fmt: skip
 
 
 @cli.command()

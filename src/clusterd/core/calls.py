@@ -23,6 +23,8 @@ from clusterd.core.commands import (
     StartVm,
     StopVm,
 )
+from clusterd.core.recovery import Request
+from clusterd.core.testimony import Testimony
 from clusterd.core.types import Disk
 from daemonkit.diskd_api import BackupReport
 from daemonkit.methods import Method
@@ -146,6 +148,31 @@ class RestoredVm:
     text: str
 
 
+@attrs.frozen
+class PictureAfter:
+    """The next page of the node's picture of the store, of this age, after this key."""
+
+    recovery: int
+    revision: int
+    after: str = ""
+
+
+@attrs.frozen
+class PicturePage:
+    """Keys (without the prefix) and values, ascending."""
+
+    records: dict[str, bytes]
+    is_last: bool
+
+
+@attrs.frozen
+class RecoverStore:
+    """Carry out the plan with this digest, as ``store.plan`` of the same request has shown it."""
+
+    request: Request
+    digest: str
+
+
 STATUS: Final = Method("status", Nothing, Document)
 EVENTS: Final = Method("events", EventsSince, EventList)
 EXPLAIN_NODE: Final = Method("explain.node", NodeName, Rows)
@@ -166,6 +193,10 @@ NODE_REMOVE: Final = Method("node.remove", RemoveNode, Accepted)
 NODE_CLEAR_QUARANTINE: Final = Method("node.clear_quarantine", ClearQuarantine, Accepted)
 NODE_CONFIRM_DEAD: Final = Method("node.confirm_dead", ConfirmDead, Accepted)
 HOLD_RELEASE: Final = Method("hold.release", ReleaseHold, Accepted)
+STORE_TESTIMONY: Final = Method("store.testimony", Nothing, Testimony)
+STORE_PICTURE: Final = Method("store.picture", PictureAfter, PicturePage)
+STORE_PLAN: Final = Method("store.plan", Request, Document)
+STORE_RECOVER: Final = Method("store.recover", RecoverStore, Accepted)
 PROPERTY_SET: Final = Method("property.set", SetProperty, Accepted)
 
 COMMANDS: Final[tuple[Method[Any, Accepted], ...]] = (

@@ -17,6 +17,7 @@ from typing import Any, Final
 
 import attrs
 
+from clusterd.core.picture import Picture
 from clusterd.core.types import Disk, EventName, VmConfig
 
 
@@ -37,6 +38,15 @@ class Persist:
 
     ticket: int
     document: bytes
+
+
+@attrs.frozen
+class KeepPicture:
+    """Durably keep this picture of the store, in place of the former one, when there is time: nothing waits
+    for it, and of several only the newest need be written. A write that fails costs only what a later
+    recovery could have known (``picture``)."""
+
+    picture: Picture
 
 
 @attrs.frozen
@@ -212,7 +222,8 @@ class Exit:
 
 
 Act = (
-    ReadStore
+    KeepPicture
+    | ReadStore
     | WriteStore
     | GrantSession
     | KeepSession

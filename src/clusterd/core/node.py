@@ -24,14 +24,17 @@ from clusterd.core.messages import INCARNATION_MAX, HeartbeatRejected, decode_he
 from clusterd.core.nodes import NodeRecords
 from clusterd.core.operator import Operator
 from clusterd.core.owner import Owner
+from clusterd.core.picture import Picture
 from clusterd.core.properties import Properties
 from clusterd.core.records import Leader as LeaderRecord
 from clusterd.core.records import prefix
 from clusterd.core.registration import Registration
 from clusterd.core.state import NodeState
 from clusterd.core.status import Chronicle
+from clusterd.core.store_identity import Marks
 from clusterd.core.store_session import StoreSession
 from clusterd.core.store_view import StoreView
+from clusterd.core.testimony import Memory, Testimony
 from clusterd.core.types import EventName, Identity
 from clusterd.core.vm_copies import BackupPlace, backup_place, has_gone_elsewhere
 from clusterd.core.watching import Watching
@@ -41,7 +44,8 @@ from daemonkit.schema import unstructure
 
 @attrs.define(init=False)
 class NodeCore:
-    """One node's decisions. ``state`` was durably written by ``begin_incarnation`` before.
+    """One node's decisions. ``state`` was durably written by ``begin_incarnation`` before. ``kept``: the
+    picture of the newest KeepPicture of a former clusterd, if it reads.
 
     Call ``handle`` for every event, in order, never re-entrantly, and carry the Ready out as
     ``effects`` says. After each call ask ``next_deadline()`` and feed DeadlineReached at that time.
@@ -58,13 +62,14 @@ class NodeCore:
     watching: Watching
     operator: Operator
     chronicle: Chronicle
+    memory: Memory
     keys: tuple[bytes, ...]
     beat_at: int | None
     contact_at: int | None
     jump: tuple[int, int] | None
     rejected: dict[str, int]
 
-    def __init__(self, identity: Identity, state: NodeState) -> None:
+    def __init__(self, identity: Identity, state: NodeState, kept: Picture | None = None) -> None:
         self.identity = identity
         self.keys = identity.keys or (b"",)
         contacts = Contacts.of(identity.name, state.incarnation, identity.peers, Properties().isolation_ns)
@@ -78,6 +83,7 @@ class NodeCore:
         self.watching = Watching(self.desk, self.owner)
         self.operator = Operator(self.desk, self.store)
         self.chronicle = Chronicle(self.desk, self.owner, self.watching)
+        self.memory = Memory(self.desk, self.store, self.owner, kept)
         self.beat_at = self.contact_at = None
         self.jump = None
         self.rejected = {}
@@ -219,6 +225,7 @@ class NodeCore:
         desk = self.desk
         desk.started_at = self.beat_at = desk.now
         desk.note(EventName.NODE_STARTED, node=desk.name, incarnation=desk.state.incarnation)
+        self.memory.start()
         self.owner.start()
         self._beat()
 
@@ -254,6 +261,7 @@ class NodeCore:
         else:
             self.leader.leave_office()
         self.operator.decide()
+        self.memory.decide()
         self.chronicle.update()
 
     def _judge_self(self) -> None:
@@ -281,6 +289,18 @@ class NodeCore:
         """If ``node`` vanished now: per VM what happens, when and why."""
         self.desk.now = max(self.desk.now, now)
         return explain_node(self.leader, node)
+
+    def testimony(self) -> Testimony:
+        """What this node can tell a recovery of the store."""
+        return self.memory.testimony()
+
+    def picture(self) -> Picture | None:
+        """This node's newest picture of its own store."""
+        return self.memory.picture()
+
+    def store_marks(self) -> Marks:
+        """By what this node judges a store."""
+        return self.store.marks()
 
     def vm_config(self, vm: str) -> dict[str, Any] | None:
         """The recorded configuration and desired state of a VM, as plain data (``vm show``)."""

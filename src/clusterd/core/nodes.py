@@ -232,8 +232,8 @@ class NodeRecords:
         """Whether this very run is known to have ended (section 6 "Proven dead")."""
         view = self.desk.view
         presence = view.presence(run.node)
-        if presence is not None and presence.boot_id != run.boot_id:
-            return True
+        if presence is not None and run.boot_id and presence.boot_id != run.boot_id:
+            return True  # (a recovered store may not know under which boot a run began)
         said = view.record(f"goodbyes/{run.node}", records.Goodbye)
         if said is not None and said.kind == "leave":
             return any(run_.epoch == run.epoch for run_ in said.runs)

@@ -5,6 +5,8 @@ Keys lie under ``/holdfast/CLUSTER/``. Values are JSON objects, so that ``etcdct
 | key                 | value        | writer                                               |
 |---------------------|--------------|------------------------------------------------------|
 | ``id``              | ClusterId    | the first node that finds the store new, once        |
+| ``recovering``      | Recovering   | a recovery, from its first transaction to its last   |
+| ``recovered``       | Recovered    | a recovery, in its last transaction, with ``id``     |
 | ``properties``      | PropertyTexts| operator                                             |
 | ``members/NODE``    | Member       | operator (the node itself adds it once)              |
 | ``presence/NODE``   | Presence     | the node, under its session's lease                  |
@@ -49,6 +51,29 @@ def prefix(cluster: str) -> str:
 @attrs.frozen
 class ClusterId:
     id: str
+
+
+@attrs.frozen
+class Recovering:
+    """The store is being rebuilt, so it is unknown to everybody (S6), and each transaction of the rebuilding
+    is guarded by this record. ``base_id``, ``base_number`` and ``base_revision``: of what the store held
+    before, where that was an older copy of this cluster's own; what it holds now is then no worse."""
+
+    node: str
+    token: str
+    base_id: str = ""
+    base_number: int = 0
+    base_revision: int = 0
+
+
+@attrs.frozen
+class Recovered:
+    """The store was rebuilt for the ``number``-th time. Revisions of before mean nothing in it; ``token``
+    tells two recoveries of one number apart."""
+
+    number: int
+    token: str
+    node: str
 
 
 @attrs.frozen
@@ -264,6 +289,8 @@ class Run:
 
 KINDS: Final[dict[str, type]] = {
     "id": ClusterId,
+    "recovering": Recovering,
+    "recovered": Recovered,
     "properties": PropertyTexts,
     "leader": Leader,
     "epoch": EpochCounter,

@@ -28,13 +28,16 @@ class Intent:
 @attrs.frozen
 class NodeState:
     """``store_id`` is the id of the store it has known, None before the first. ``epoch_seen`` and
-    ``revision_seen``: marks below which a store is an older one (S6). ``intents`` by VM name."""
+    ``revision_seen``: marks below which a store is an older one (S6). ``recovery`` and ``recovery_token``: of
+    the newest recovery of the store that it has seen, 0 for none. ``intents`` by VM name."""
 
     incarnation: int = 0
     store_id: str | None = None
     epoch_seen: int = 0
     revision_seen: int = 0
     intents: dict[str, Intent] = attrs.field(factory=dict)
+    recovery: int = 0
+    recovery_token: str = ""
 
 
 def encode_state(state: NodeState) -> bytes:

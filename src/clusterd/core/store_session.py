@@ -1,10 +1,10 @@
 """The node's dealings with the store: periodic linearizable reads, its session, guarded writes.
 
-Theory of operation. The store is *known* while its last answer was usable and came from our own store: the
-id remembered durably, an epoch counter and a revision that did not go back (S6). Every failure, of whatever
-shape, makes it *unknown* until the next good read; while it is unknown nothing is written and nothing is
-decided (S3). A write that a guard refused means that our picture is old: the next write waits for a fresh
-read.
+Theory of operation. The store is *known* while its last answer was usable and came from our own store
+(S6, ``store_identity``). Every failure, of whatever shape, makes it *unknown* until the next good read; while
+it is unknown nothing is written and nothing is decided (S3). A write that a guard refused means that our
+picture is old: the next write waits for a fresh read. A store that was rebuilt is another database under the
+same id: with its first good read the session, the open requests and the picture of before are dropped.
 
     unknown --good read--> known --failure | foreign, empty or older store--> unknown
 
@@ -18,6 +18,7 @@ import attrs
 
 from clusterd.core import effects, events, records
 from clusterd.core.desk import Desk
+from clusterd.core.store_identity import GOOD, Marks, judge_store, read_head
 from clusterd.core.types import EventName
 from clusterd.errors import Refused, StoreUnknown
 from daemonkit.units import MILLISECOND, SECOND
@@ -53,6 +54,7 @@ class StoreSession:
     writes: dict[int, OpenWrite] = attrs.field(factory=dict)
     is_foreign: bool = False
     epoch_seen: int = 0
+    revision_kept: int = 0  # of the picture that a former clusterd kept
     expected_version: int = -1
 
     @property
@@ -146,31 +148,48 @@ class StoreSession:
             if presence is not None and presence.incarnation > desk.expected.get(name, (0, 0))[0]:
                 desk.expected[name] = (presence.incarnation, desk.now)
 
+    def marks(self) -> Marks:
+        """Below what a store is not ours (S6)."""
+        state = self.desk.state
+        return Marks(
+            state.store_id,
+            max(self.epoch_seen, state.epoch_seen),
+            max(self.reading_since_revision, state.revision_seen, self.revision_kept),
+            state.recovery,
+            state.recovery_token,
+        )
+
     def _check_identity(self, event: events.StoreSnapshot) -> None:
-        """S6: raises StoreUnknown for a store that is empty, older or another one's."""
-        desk, found, newest = self.desk, None, 0
-        id_key, epoch_key = desk.view.prefix + "id", desk.view.prefix + "epoch"
-        for entry in event.entries:
-            if entry.key == id_key:
-                found = records.decode_record(records.ClusterId, "id", entry.value).id
-            elif entry.key == epoch_key:
-                newest = records.decode_record(records.EpochCounter, "epoch", entry.value).epoch
-        known = desk.state.store_id
-        remedy = "it is not used until an operator restores the right one"
-        if known is not None and found is None:
-            self._foreign(f"the store is empty, but this node knows the cluster {known}: {remedy}")
-        if known is not None and found != known:
-            self._foreign(f"the store belongs to the cluster {found}, not to {known}: {remedy}")
-        since = max(self.reading_since_revision, desk.state.revision_seen)
-        epoch_seen = max(self.epoch_seen, desk.state.epoch_seen)
-        if known is not None and (newest < epoch_seen or event.revision < since):
-            self._foreign(
-                f"the store is an older copy (epoch {newest} of {epoch_seen}, "
-                f"revision {event.revision} of {since}): {remedy}"
+        """S6: raises StoreUnknown for a store that is empty, older, another one's, or being rebuilt."""
+        desk, head = self.desk, read_head(self.desk.view.prefix, event.entries)
+        condition, reason = judge_store(self.marks(), head, event.revision)
+        if condition == "rebuilding":
+            raise StoreUnknown(reason)
+        if condition not in GOOD:
+            self._foreign(reason)
+        recovered = head.recovered
+        if condition == "rebuilt" or (desk.state.store_id is None and head.id is not None):
+            number, token = (recovered.number, recovered.token) if recovered else (0, "")
+            epoch = max(head.epoch, desk.state.epoch_seen)
+            desk.remember(
+                store_id=head.id,
+                recovery=number,
+                recovery_token=token,
+                epoch_seen=epoch,
+                revision_seen=event.revision,
             )
-        if found is not None and known is None:
-            desk.remember(store_id=found)
-        self.is_foreign, self.epoch_seen = False, newest
+        if condition == "rebuilt":
+            self._start_over()
+            desk.note(EventName.STORE_RECOVERED, recovery=head.recovery, revision=event.revision)
+        self.is_foreign, self.epoch_seen = False, head.epoch
+
+    def _start_over(self) -> None:
+        """It is another database: nothing of our session, our open requests and our picture is of it."""
+        self.session_request, self.keep_at = None, self.desk.now
+        self.desk.lease, self.desk.lease_good_until, self.granted_ttl_ns = None, 0, 0
+        self.writes.clear()
+        self.revision_kept = 0
+        self.desk.view.start_over()
 
     def _foreign(self, reason: str) -> None:
         if not self.is_foreign:

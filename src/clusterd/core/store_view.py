@@ -17,12 +17,13 @@ NOTHING_HELD: Final = records.BrakeRecord()
 
 @attrs.frozen
 class Seen:
-    """A record with what guards need to know of its key."""
+    """A record with what guards need to know of its key. ``value``: its bytes."""
 
     record: Any
     create_revision: int
     mod_revision: int
     lease: int
+    value: bytes = attrs.field(repr=False, eq=False)
 
 
 @attrs.define
@@ -65,7 +66,7 @@ class StoreView:
                 fresh[key] = old
                 continue
             record: Any = records.decode_record(cls, key, entry.value)
-            fresh[key] = Seen(record, entry.create_revision, entry.mod_revision, entry.lease)
+            fresh[key] = Seen(record, entry.create_revision, entry.mod_revision, entry.lease, entry.value)
             changed = True
         changed = changed or len(fresh) != len(self.seen)
         self.seen, self.has_read = fresh, True
@@ -75,10 +76,17 @@ class StoreView:
             self._read_properties()
         return changed
 
+    def start_over(self) -> None:
+        """The next read is of another database: its revisions say nothing about those of before."""
+        self.seen, self.has_read = {}, False
+        self.read_revision = self.revision = 0
+        self._changed()
+
     def wrote(self, key: str, record: Any, revision: int, lease: int) -> None:
         """One of our puts succeeded at ``revision``."""
         old = self.seen.get(key)
-        self.seen[key] = Seen(record, old.create_revision if old else revision, revision, lease)
+        created = old.create_revision if old else revision
+        self.seen[key] = Seen(record, created, revision, lease, records.encode_record(record))
         self.revision = max(self.revision, revision)
         self._changed()
         if key == "properties":

@@ -175,6 +175,7 @@ class EventName(enum.Enum):
     STORE_UNKNOWN = "store.unknown"
     STORE_KNOWN = "store.known"
     STORE_FOREIGN = "store.foreign"  # empty, older or another cluster's: treated as unknown (S6)
+    STORE_RECOVERED = "store.recovered"  # rebuilt by an operator, and ours again: revisions start over
     VM_ASSIGNED = "vm.assigned"  # the leader recorded owner and epoch
     VM_UNMONITORED = "vm.unmonitored"
     VM_MONITORED = "vm.monitored"  # back within its window: the same run goes on

@@ -14,8 +14,8 @@ from clusterd.core import effects, events
 from clusterd.core.calls import PROBE, ProbeReply, ProbeRequest
 from clusterd.core.effects import Act
 from clusterd.core.events import Event
+from clusterd.core.picture import Picture
 from clusterd.core.records import prefix
-from clusterd.core.witness_store import Compare, Delete, Put, Relation, Target
 from clusterd.errors import StoreUnknown
 from clusterd.shell.diskds import Diskds
 from clusterd.shell.drivers.orders import RunOrders
@@ -23,11 +23,11 @@ from clusterd.shell.drivers.port import Driver
 from clusterd.shell.event_log import EventLog
 from clusterd.shell.references import any_answers
 from clusterd.shell.store import StoreClient
+from clusterd.shell.store_calls import read_store, write_store
 from daemonkit.cli import call_once
 from daemonkit.rpc import CallFailed, CallRefused
 
 PROBE_SECONDS_MAX: Final = 1.9
-_TARGETS: Final = {"mod": Target.MOD, "create": Target.CREATE}
 
 log = structlog.get_logger("acts")
 
@@ -46,6 +46,7 @@ class Acts:
         key: bytes | None,
         post: Callable[[Event], None],
         answer_command: Callable[[effects.AnswerCommand], None],
+        keep_picture: Callable[[Picture], None],
         acts_nursery: trio.Nursery,
     ) -> None:
         self._config = config
@@ -56,8 +57,9 @@ class Acts:
         self._key = key
         self._post = post
         self._answer_command = answer_command
+        self._keep_picture = keep_picture
         self._nursery = acts_nursery
-        self._prefix = prefix(config.cluster).encode()
+        self._prefix = prefix(config.cluster)
 
     def carry_out(self, act: Act) -> None:
         """Do it, or begin to."""
@@ -66,10 +68,12 @@ class Acts:
                 self._event_log.note(act.name, act.fields)
             case effects.AnswerCommand():
                 self._answer_command(act)
+            case effects.KeepPicture(picture):
+                self._keep_picture(picture)
             case effects.ReadStore():
-                self._begin_store(act.request, lambda: self._read(act))
+                self._begin_store(act.request, lambda: read_store(self._store, self._prefix, act))
             case effects.WriteStore():
-                self._begin_store(act.request, lambda: self._write(act))
+                self._begin_store(act.request, lambda: write_store(self._store, act))
             case effects.GrantSession():
                 self._begin_store(act.request, lambda: self._grant(act))
             case effects.KeepSession():
@@ -109,29 +113,6 @@ class Acts:
                 return events.StoreFailed(request, str(error))
 
         self._begin(guarded)
-
-    async def _read(self, act: effects.ReadStore) -> Event:
-        reply = await self._store.range_prefix(self._prefix)
-        try:
-            entries = tuple(
-                events.StoreEntry(
-                    kv.key.decode("utf-8"), kv.value, kv.create_revision, kv.mod_revision, kv.lease
-                )
-                for kv in reply.kvs
-            )
-        except UnicodeDecodeError as error:
-            raise StoreUnknown(f"a key in the store is not text: {error}") from error
-        return events.StoreSnapshot(act.request, reply.header.revision, entries)
-
-    async def _write(self, act: effects.WriteStore) -> Event:
-        compares = [
-            Compare(compare.key.encode(), _TARGETS[compare.target], Relation.EQUAL, compare.revision)
-            for compare in act.compares
-        ]
-        puts = [Put(put.key.encode(), put.value, put.lease) for put in act.puts]
-        deletes = [Delete(key.encode()) for key in act.deletes]
-        reply = await self._store.txn(compares, [*puts, *deletes])
-        return events.StoreWritten(act.request, reply.succeeded, reply.header.revision)
 
     async def _grant(self, act: effects.GrantSession) -> Event:
         reply = await self._store.lease_grant(act.ttl_ns)

@@ -21,6 +21,7 @@ from clusterd.errors import Refused, Unanswered
 from clusterd.shell.diskds import Diskds
 from clusterd.shell.event_log import EventLog
 from clusterd.shell.loop import CoreLoop
+from clusterd.shell.recovery import StoreRecovery
 from clusterd.shell.vm_copies import VmCopies
 from daemonkit.rpc import Call, Registry
 
@@ -43,6 +44,7 @@ class Control:
         loop: CoreLoop,
         event_log: EventLog,
         diskds: Diskds,
+        recovery: StoreRecovery,
         *,
         peers: Mapping[str, PeerAddresses],
         key: bytes | None,
@@ -51,6 +53,7 @@ class Control:
         self._loop = loop
         self._event_log = event_log
         self._diskds = diskds
+        self._recovery = recovery
         self._copies = VmCopies(core, loop, diskds, peers, key, self._ask)
         self._tickets = itertools.count(1)
         self._pending: dict[int, _Pending] = {}
@@ -65,6 +68,10 @@ class Control:
         registry.add(calls.VM_ADD, self._vm_add)
         registry.add(calls.VM_BACKUP, self._copies.backup)
         registry.add(calls.VM_RESTORE, self._copies.restore)
+        registry.add(calls.STORE_TESTIMONY, self._recovery.testimony)
+        registry.add(calls.STORE_PICTURE, self._recovery.picture)
+        registry.add(calls.STORE_PLAN, self._recovery.plan)
+        registry.add(calls.STORE_RECOVER, self._recovery.recover)
         for method in calls.COMMANDS:
             registry.add(method, self._command)
         return registry

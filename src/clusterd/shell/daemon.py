@@ -30,6 +30,8 @@ from clusterd.shell.drivers.port import Surroundings
 from clusterd.shell.drivers.process import ProcessDriver
 from clusterd.shell.event_log import EventLog
 from clusterd.shell.loop import CoreLoop
+from clusterd.shell.picture_file import PictureFile, read_picture
+from clusterd.shell.recovery import StoreRecovery
 from clusterd.shell.store import StoreClient
 from clusterd.shell.udp import Heartbeats
 from daemonkit.cli import read_key
@@ -41,6 +43,7 @@ from daemonkit.service import notify_stopping
 
 STATE_BYTES_MAX: Final = 64 << 20
 BOOT_ID_BYTES_MAX: Final = 128
+PICTURE_NAME: Final = "picture.json"
 GOODBYE_SECONDS_MAX: Final = 4.0  # the core says Exit within 3 s
 
 log = structlog.get_logger("daemon")
@@ -131,7 +134,8 @@ async def run_node(config: NodeConfig, announce: Callable[..., Any]) -> None:
     """Serve until told to end; ``announce`` is called once with the bound addresses."""
     with _claimed(config.data_dir):
         node = prepare(config)
-        core = NodeCore(node.identity, node.state)
+        kept = read_picture(config.data_dir / PICTURE_NAME)
+        core = NodeCore(node.identity, node.state, kept)
         loop = CoreLoop(core, node.state_path)
         with contextlib.closing(_heartbeats(config, loop.wake)) as heartbeats:
             async with _store(config) as store:
@@ -151,7 +155,9 @@ async def _run(
     event_log = EventLog(config.name)
     diskds = Diskds(config.diskd, key)
     nbd = {name: addresses.nbd for name, addresses in config.diskd.items()}
-    control = Control(core, loop, event_log, diskds, peers=config.peers, key=key)
+    recovery = StoreRecovery(core, store, diskds, config.peers, key)
+    control = Control(core, loop, event_log, diskds, recovery, peers=config.peers, key=key)
+    picture_file = PictureFile(config.data_dir / PICTURE_NAME)
 
     async def serve_control(task_status: trio.TaskStatus[Address]) -> None:
         await serve(control.registry(), config.control, keys=node.identity.keys, task_status=task_status)
@@ -162,6 +168,7 @@ async def _run(
             closing.callback(driver.close)
             await supervisor.start(_until_signalled, loop)
             supervisor.start_soon(heartbeats.receive)
+            supervisor.start_soon(picture_file.run)
             bound = await supervisor.start(serve_control)
             async with trio.open_nursery() as acts_nursery:
                 acts = Acts(
@@ -173,6 +180,7 @@ async def _run(
                     key=key,
                     post=loop.post,
                     answer_command=control.answer_command,
+                    keep_picture=picture_file.keep,
                     acts_nursery=acts_nursery,
                 )
                 log.info("clusterd.serving", node=config.name, incarnation=node.state.incarnation)

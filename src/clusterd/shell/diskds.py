@@ -14,6 +14,7 @@ from clusterd.config import DiskdAddresses
 from clusterd.core.calls import ProbeReply
 from clusterd.core.events import ImageLook, LeaseAnswer
 from clusterd.core.types import Disk
+from clusterd.core.vm_fate import LeaseSeen
 from daemonkit.cli import call_once
 from daemonkit.diskd_api import (
     BACKUP_RUN,
@@ -40,6 +41,7 @@ ACQUIRE_SECONDS_MAX = 4.5  # the core allows 5 s for all disks of a run
 LOOK_SECONDS_MAX = 1.5
 RELEASE_SECONDS_MAX = 2.0
 DELETE_SECONDS_MAX = 30.0
+IMAGES_PER_CALL_MAX = 1000
 
 log = structlog.get_logger("diskds")
 
@@ -165,6 +167,33 @@ class Diskds:
             for name in sorted({disk.diskd for disk in disks}):
                 nursery.start_soon(ask, [disk for disk in disks if disk.diskd == name])
         return tuple(sorted(looks, key=lambda look: look.disk))
+
+    async def leases(self, disks: Sequence[Disk]) -> tuple[tuple[LeaseSeen, ...], dict[str, str]]:
+        """Who holds these images, and which diskd did not say, and why. An image that a diskd does not know
+        has no lease there."""
+        seen: list[LeaseSeen] = []
+        silent: dict[str, str] = {}
+
+        async def ask(diskd: str, images: list[str]) -> None:
+            try:
+                for first in range(0, len(images), IMAGES_PER_CALL_MAX):
+                    some = ImageNames(images[first : first + IMAGES_PER_CALL_MAX])
+                    report = await call_once(
+                        self._control_of(diskd),
+                        IMAGE_ACTIVITY,
+                        some,
+                        key=self._key,
+                        seconds_max=LOOK_SECONDS_MAX,
+                    )
+                    seen.extend(LeaseSeen(diskd, one.image, one.epoch, one.holder) for one in report.images)
+            except (CallRefused, CallFailed) as error:
+                silent[diskd] = str(error)
+
+        async with trio.open_nursery() as nursery:
+            for diskd in sorted({disk.diskd for disk in disks}):
+                images = sorted({disk.image for disk in disks if disk.diskd == diskd})
+                nursery.start_soon(ask, diskd, images)
+        return tuple(sorted(seen, key=lambda one: (one.diskd, one.image))), silent
 
     async def backup(
         self, diskd: str, request: BackupRequest, on_progress: Callable[[Any], None]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 import attrs
 
 from clusterd.core import effects, events
+from clusterd.core.picture import encode_picture
 from clusterd.core.types import Disk
 from clusterd.sim.hypervisor import Process
 from daemonkit.errors import InvariantBroken
@@ -37,6 +38,8 @@ class Carrier:
             case effects.Persist(ticket, document):
                 host.document = document
                 self._answer(host, MILLISECOND, events.Persisted(ticket))
+            case effects.KeepPicture(picture):
+                host.picture = encode_picture(picture)
             case effects.SendHeartbeat(data):
                 self._heartbeat(host, data)
             case effects.NoteEvent(name, fields):

@@ -16,6 +16,7 @@ from clusterd.core import effects, events
 from clusterd.core.commands import Command
 from clusterd.core.invariants import check_core, check_ready
 from clusterd.core.node import NodeCore
+from clusterd.core.picture import decode_picture
 from clusterd.core.records import PropertyTexts, encode_record, prefix
 from clusterd.core.state import begin_incarnation, decode_state, encode_state
 from clusterd.core.types import Identity
@@ -41,6 +42,7 @@ class Host:
     name: str
     boot: int = 1
     document: bytes | None = None
+    picture: bytes | None = None
     core: NodeCore | None = None
     generation: int = 0
     is_up: bool = True
@@ -145,7 +147,7 @@ class World:
             fresh_id=f"store-of-{host.name}",
         )
         host.generation += 1
-        host.core = NodeCore(identity, state)
+        host.core = NodeCore(identity, state, decode_picture(host.picture) if host.picture else None)
         host.deadline_at = None
         self.deliver(host, events.Started(), host.generation)
 

@@ -3,6 +3,7 @@
 from holdfast.bench.breaks import Break
 
 _CLUSTER_TESTS = ("tests/core/test_cluster_rules.py", "tests/golden", "tests/property/test_cluster_chaos.py")
+_RECOVERY_TESTS = ("tests/property/test_cluster_recovery_plan.py", "tests/golden/test_cluster_recovery.py")
 
 CLUSTER_BREAKS: tuple[Break, ...] = (
     Break(
@@ -91,10 +92,46 @@ CLUSTER_BREAKS: tuple[Break, ...] = (
         "foreign-store-trusted",
         "S6",
         "a store of another cluster is believed",
-        "src/clusterd/core/store_session.py",
-        "if known is not None and found != known:",
+        "src/clusterd/core/store_identity.py",
+        "if found != known:",
         "if False:",
         _CLUSTER_TESTS,
+    ),
+    Break(
+        "unasked-node-freed",
+        "S6",
+        "a recovery of the store frees a VM whose lease is on a node that was not asked",
+        "src/clusterd/core/vm_fate.py",
+        "if hidden is not None and (live is None or hidden[1] > live[1].epoch):",
+        "if hidden is not None and live is not None and hidden[1] > live[1].epoch:",
+        _RECOVERY_TESTS,
+    ),
+    Break(
+        "recovery-unguarded",
+        "S6",
+        "two recoveries of the store write at once",
+        "src/clusterd/core/rebuilding.py",
+        'held = (Compare(prefix + "recovering", "mod", mine), Compare(prefix + "id", "create", 0))',
+        "held = ()",
+        _RECOVERY_TESTS,
+    ),
+    Break(
+        "half-rebuilt-trusted",
+        "S6",
+        "a store is used while it is being rebuilt",
+        "src/clusterd/core/store_identity.py",
+        "if head.recovering is not None:",
+        "if False:",
+        _RECOVERY_TESTS,
+    ),
+    Break(
+        "kept-revision-ignored",
+        "S6",
+        "after a restart of clusterd an older copy of the store is believed",
+        "src/clusterd/core/testimony.py",
+        "self.store.revision_kept = kept.revision",
+        "self.store.revision_kept = 0",
+        _RECOVERY_TESTS,
     ),
     Break(
         "intent-forgotten",

@@ -101,8 +101,8 @@ def _power_loss(story: Story) -> None:
     stage.say(f"diskd killed and {thrown} shared-memory bitmaps thrown away, as a power loss would")
     for image in (SYSTEM, JOURNAL):
         changes = stage.json("diskctl", "changes", image, "--since", base, "--json")
-        # Nobody writes to the system disk any more: a slow machine has closed its regions before the kill, and
-        # nothing is in doubt. The guest writes to its journal, whatever the machine.
+        # Nobody writes to the system disk any more: a slow machine has closed its regions before the kill,
+        # and nothing is in doubt. The guest writes to its journal, whatever the machine.
         if changes["exact"] and image == SYSTEM:
             stage.say(f"{image}: exact, since all of its regions had been closed")
             continue
