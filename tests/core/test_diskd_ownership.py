@@ -1,5 +1,6 @@
 """Who may open an image: the table, and the record, raced by several daemons and crashed at every step."""
 
+import contextlib
 from random import Random
 
 import attrs
@@ -182,6 +183,38 @@ def test_one_that_slept_through_others_does_not_win():
         disk.run(ownership.take(None, ME, 2))
     assert disk.names() == ["owner.2"]
     assert disk.run(ownership.check(second)) == second
+
+
+def test_who_was_overtaken_finds_out_however_often_the_sweeping_was_cut_short():
+    """Of two older records the one that its owner looks behind must not go first."""
+    ends = 0
+    for first in range(12):
+        for second in range(12):
+            disk = SimDisk(Random(1))
+            mine = disk.run(ownership.take(None, ME, 1))
+            for crash_at in (first, second):
+                disk.crash_in = crash_at
+                with contextlib.suppress(Crashed):
+                    disk.run(ownership.take(disk.run(ownership.load()), OTHER, 2))
+                disk.daemon_crash()
+            newest = disk.run(ownership.load())
+            assert newest is not None
+            if newest.daemon == OTHER:
+                ends += 1
+                with pytest.raises(Lost, match="n2"):
+                    disk.run(ownership.check(mine))
+    assert ends > 100
+
+
+def test_another_run_of_the_same_daemon_is_somebody_else():
+    """It may live still, without its lock: on storage that passes none on, or under a cloned machine id."""
+    disk = SimDisk(Random(1))
+    mine = disk.run(ownership.take(None, ME, 1))
+    taken = disk.run(ownership.take(mine, AGAIN, 2))
+    for script in (ownership.check(mine), ownership.note_lease(mine, 1, 1), ownership.leave(mine, "closed")):
+        with pytest.raises(Lost, match="n1"):
+            disk.run(script)
+    assert disk.run(ownership.check(taken)) == taken
 
 
 class Racer:

@@ -2,10 +2,12 @@
 
 import errno
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 import trio
 from image_harness import MiB, Place, any_writer, cut, new_place, open_image
@@ -13,7 +15,7 @@ from image_harness import MiB, Place, any_writer, cut, new_place, open_image
 from daemonkit.diskd_api import BackupDisk
 from diskd.core import resize as core
 from diskd.core.inventory import LibrarySettings
-from diskd.core.steps import Allocate, Replace, Step
+from diskd.core.steps import Allocate, Replace, Step, Truncate
 from diskd.errors import Refused
 from diskd.shell import image_files, resizing
 from diskd.shell.files import Files
@@ -200,6 +202,41 @@ async def test_what_a_crash_cut_short_is_finished_at_the_next_opening(place: Pla
         assert not (place.directory / core.FILE).exists()
         report = image.changes_since(point)
         assert (report.extents, report.exact) == ([(MiB, 4096), (SIZE, SIZE)], True)
+
+
+class SlowToGrow(Files):
+    """The raw file has its new size only a while after that was begun, by the clock that stamps files."""
+
+    def _step(self, step: Step) -> Any:
+        result = super()._step(step)
+        if isinstance(step, Truncate):
+            begun, deadline = time.time_ns(), time.monotonic() + 10
+            path = self.directory / step.file
+            while path.stat().st_ctime_ns <= begun:  # the kernel keeps it in ticks
+                os.utime(path)
+                assert time.monotonic() < deadline
+        return result
+
+
+async def test_the_growing_of_the_raw_file_is_not_taken_for_a_change_from_outside(place: Place) -> None:
+    """The daemon dies before anybody writes: the last change of the raw file was the resize's own."""
+    await create(place)
+    async with open_image(place) as image:
+        point = await cut(image, 1)
+        await any_writer(image).write(MiB, b"x")
+        usual, slow = image.files, SlowToGrow(place.directory)
+        image.files = slow
+        await resizing.grow(image, 2 * SIZE)
+        slow.close()
+        image.files = usual
+        image.abandon()
+    # With a grain of 1 ns, set at the reopening, even a change right after what was noted is one from outside.
+    later = attrs.evolve(place, settings=attrs.evolve(place.settings, tracking_flush_interval_ns=1))
+    async with open_image(later) as image:
+        assert (image.opened_how, image.opened_reason) == ("daemon_crash", None)
+        report = image.changes_since(point)
+        assert (report.extents, report.exact) == ([(MiB, 4096), (SIZE, SIZE)], True)
+        await image.close()
 
 
 class FullFiles(Files):
