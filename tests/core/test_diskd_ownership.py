@@ -311,7 +311,11 @@ def test_an_older_copy_of_the_lease_is_known_as_one():
         older = lease.decode(copy)
         with pytest.raises(Damaged, match=r"older copy: it says epoch .*--lost-lease"):
             ownership.check_lease(owner, older.sequence, older.epoch)
+    lost = lease.decode(disk.peek(lease.LEASE_FILE))
     owner, state = disk.run(lease.replace_lost(owner))
+    with pytest.raises(Damaged, match="older copy"):  # found again after all, its epoch is over all the same
+        ownership.check_lease(owner, lost.sequence, lost.epoch)
+    assert disk.run(ownership.load()) == owner
     assert (state.epoch, state.is_free) == (6, True)
     ownership.check_lease(owner, state.sequence, state.epoch)
     with pytest.raises(Refused):

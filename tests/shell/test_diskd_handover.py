@@ -306,6 +306,6 @@ async def test_a_failed_image_is_not_given_away_while_this_host_may_still_write_
         unwritten.symlink_to("/proc/self/status")  # a file whose sync fails, wherever it lies
         with pytest.raises(Refused):
             await (one.release_image("web") if verb == "release" else one.hand_over("web", 3, "n2/web"))
-        with pytest.raises(Refused, match="belongs to diskd n1|served by diskd n1"):
+        with pytest.raises(Refused, match=r"belongs to diskd n1|served by diskd n1"):
             await two.open_image("web")
         unwritten.unlink()

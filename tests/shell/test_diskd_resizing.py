@@ -230,7 +230,7 @@ async def test_the_growing_of_the_raw_file_is_not_taken_for_a_change_from_outsid
         slow.close()
         image.files = usual
         image.abandon()
-    # With a grain of 1 ns, set at the reopening, even a change right after what was noted is one from outside.
+    # With a grain of 1 ns, set at the reopening, even a change right after what was noted is from outside.
     later = attrs.evolve(place, settings=attrs.evolve(place.settings, tracking_flush_interval_ns=1))
     async with open_image(later) as image:
         assert (image.opened_how, image.opened_reason) == ("daemon_crash", None)
