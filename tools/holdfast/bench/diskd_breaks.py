@@ -22,6 +22,15 @@ DISKD_BREAKS: tuple[Break, ...] = (
         ("tests/shell/test_diskd_resizing.py",),
     ),
     Break(
+        "resize-time-late",
+        "T3",
+        "a daemon killed at the end of a resize leaves an image whose last change nobody has noted",
+        "src/diskd/shell/resizing.py",
+        "            area.time_ns = max(now_ns(), intent.time_ns)\n",
+        "",
+        ("tests/shell/test_diskd_image_steps.py",),
+    ),
+    Break(
         "leave-unclean-unsynced",
         "S1",
         "a failed image is given away while this host may still write to it what it has in memory",
