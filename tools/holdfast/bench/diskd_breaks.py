@@ -75,4 +75,13 @@ DISKD_BREAKS: tuple[Break, ...] = (
         "    return owner, state\n",
         ("tests/core/test_diskd_ownership.py",),
     ),
+    Break(
+        "former-map-named-again",
+        "B6",
+        "after a power loss an AVHD's map is taken from a copy that another host had before",
+        "src/diskd/core/avhd.py",
+        "    yield Write(LIVE_FILE, 0, encode_live(renewed))\n    yield Sync(LIVE_FILE)\n",
+        "    yield Write(LIVE_FILE, 0, encode_live(renewed))\n",
+        ("tests/core/test_diskd_avhd.py",),
+    ),
 )
