@@ -271,6 +271,24 @@ async def test_a_cancelled_flush_leaves_nothing_unvouched(tmp_path):
         assert states.state(0) == avhd.DATA
 
 
+async def test_a_cancelled_flush_leaves_no_data_unsynced(tmp_path):
+    """Blocks that the AVHD had already were written again: the map tells nothing of that."""
+    async with rig(tmp_path, 7) as r:
+        await r.layer.write(0, b"0" * BLOCK)
+        await r.layer.flush()
+        assert r.layer.write_nowait(0, b"1" * BLOCK)
+        r.files._limiter.total_tokens = 1
+        async with trio.open_nursery() as nursery, r.files._limiter:
+            nursery.start_soon(r.layer.flush)
+            with trio.fail_after(20):
+                while not r.files._limiter.statistics().tasks_waiting:
+                    await trio.lowlevel.checkpoint()
+            nursery.cancel_scope.cancel()
+        r.files.done.clear()
+        await r.layer.flush()
+        assert Sync(avhd.DATA_FILE) in r.files.done
+
+
 def only(wanted: Step) -> Callable[[Step], bool]:
     return lambda step: step == wanted
 

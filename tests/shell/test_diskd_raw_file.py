@@ -98,7 +98,9 @@ async def test_a_flush_joins_no_sync_that_began_without_its_write(tmp_path: Path
         file.close()
 
 
-async def test_a_change_of_the_file_is_noted_when_it_is_submitted_and_when_it_has_ended(tmp_path: Path) -> None:
+async def test_a_change_of_the_file_is_noted_when_it_is_submitted_and_when_it_has_ended(
+    tmp_path: Path,
+) -> None:
     """A punch may take minutes. After a crash, its end must not look like a change from outside (T4)."""
     path = empty(tmp_path)
     file = OpenFile(path)

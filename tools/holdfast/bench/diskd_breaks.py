@@ -84,4 +84,89 @@ DISKD_BREAKS: tuple[Break, ...] = (
         "    yield Write(LIVE_FILE, 0, encode_live(renewed))\n",
         ("tests/core/test_diskd_avhd.py",),
     ),
+    Break(
+        "files-closed-under-a-write",
+        "S1",
+        "the files of a lost image are closed while a write to them is under way",
+        "src/diskd/shell/open_image.py",
+        """            if session.writer is not None:
+                await self.image.drain(session.writer)
+        await self.stop_merging(reason)
+""",
+        """            pass
+        await self.stop_merging(reason)
+""",
+        ("tests/shell/test_diskd_lease_races.py",),
+    ),
+    Break(
+        "lost-and-merged",
+        "S1",
+        "a daemon goes on merging an image that is another one's by now",
+        "src/diskd/shell/open_image.py",
+        "        await self.stop_merging(reason)\n        async with",
+        "        async with",
+        ("tests/shell/test_diskd_lease_races.py",),
+    ),
+    Break(
+        "time-set-back",
+        "T4",
+        "a change from outside whose time was set back is not noticed after a clean close",
+        "src/diskd/core/recovery.py",
+        "        if raw != was:\n",
+        "        if raw.mtime_ns != was.mtime_ns:\n",
+        ("tests/shell/test_diskd_image_crash.py",),
+    ),
+    Break(
+        "end-of-a-punch-not-noted",
+        "T4",
+        "the end of a long punch is taken for a change from outside",
+        "src/diskd/shell/raw_layer.py",
+        """            await self._in_thread(change, *arguments)
+        finally:
+            self._on_write()
+""",
+        """            await self._in_thread(change, *arguments)
+        finally:
+            pass
+""",
+        ("tests/shell/test_diskd_raw_file.py",),
+    ),
+    Break(
+        "resized-over-a-resize",
+        "T2",
+        "of two resizes at once the second undoes the first",
+        "src/diskd/shell/resizing.py",
+        "        if image.identity != before or tracker.catalogue.active + 1 != area.interval:\n",
+        "        if False:\n",
+        ("tests/shell/test_diskd_resizing.py",),
+    ),
+    Break(
+        "old-intent-over-open-regions",
+        "T4",
+        "an intent to resize that was put back takes back the regions opened since",
+        "src/diskd/core/resize.py",
+        """    if any(table.open_regions):
+        return True
+""",
+        "",
+        ("tests/core/test_diskd_resize.py",),
+    ),
+    Break(
+        "old-intent-over-a-newer-bitmap",
+        "T4",
+        "an intent to resize that was put back takes back what was flushed since",
+        "src/diskd/core/resize.py",
+        "    return root.sequence != intent.root_sequence\n",
+        "    return False\n",
+        ("tests/core/test_diskd_resize.py",),
+    ),
+    Break(
+        "cancelled-flush-forgets-data",
+        "B6",
+        "after a flush that was called off the next one syncs nothing",
+        "src/diskd/shell/overlay.py",
+        "            self._is_written = True\n            self.map.dirty.update",
+        "            self.map.dirty.update",
+        ("tests/shell/test_diskd_overlay.py",),
+    ),
 )
