@@ -272,7 +272,6 @@ async def test_a_cancelled_flush_leaves_nothing_unvouched(tmp_path):
 
 
 async def test_a_cancelled_flush_leaves_no_data_unsynced(tmp_path):
-    """Blocks that the AVHD had already were written again: the map tells nothing of that."""
     async with rig(tmp_path, 7) as r:
         await r.layer.write(0, b"0" * BLOCK)
         await r.layer.flush()
@@ -280,13 +279,25 @@ async def test_a_cancelled_flush_leaves_no_data_unsynced(tmp_path):
         r.files._limiter.total_tokens = 1
         async with trio.open_nursery() as nursery, r.files._limiter:
             nursery.start_soon(r.layer.flush)
-            with trio.fail_after(20):
-                while not r.files._limiter.statistics().tasks_waiting:
-                    await trio.lowlevel.checkpoint()
+            await trio.testing.wait_all_tasks_blocked()
             nursery.cancel_scope.cancel()
         r.files.done.clear()
         await r.layer.flush()
         assert Sync(avhd.DATA_FILE) in r.files.done
+
+
+async def test_a_flush_under_way_ends_before_the_avhd_is_removed(tmp_path):
+    async with rig(tmp_path, 7) as r:
+        await r.layer.write(0, b"1" * BLOCK)
+        r.files.slow, r.files.gate = only(Sync(avhd.MAP_FILE)), threading.Event()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(r.layer.flush)
+            await waits(r.files)
+            nursery.start_soon(r.layer.dispose)
+            await trio.testing.wait_all_tasks_blocked()
+            waiting = r.layer.map_turn.statistics().tasks_waiting
+            r.files.gate.set()
+        assert waiting
 
 
 def only(wanted: Step) -> Callable[[Step], bool]:

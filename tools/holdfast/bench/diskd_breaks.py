@@ -169,4 +169,22 @@ DISKD_BREAKS: tuple[Break, ...] = (
         "            self.map.dirty.update",
         ("tests/shell/test_diskd_overlay.py",),
     ),
+    Break(
+        "frozen-marks-not-answered",
+        "T2",
+        "an answer while a cut is being recorded lacks what the frozen bitmap has",
+        "src/diskd/core/tracker.py",
+        "            areas.append((self.frozen.area, self.frozen.dirty))\n",
+        "            pass\n",
+        ("tests/core/test_diskd_tracker.py",),
+    ),
+    Break(
+        "flushed-marks-not-answered",
+        "T2",
+        "an answer while the bitmap is being flushed lacks the pages that are on their way",
+        "src/diskd/core/tracker.py",
+        "                used[list(self._flushing.pages)] = True\n",
+        "                pass\n",
+        ("tests/core/test_diskd_tracker.py",),
+    ),
 )
