@@ -238,6 +238,18 @@ def test_the_record_and_its_flag_on_disk():
     assert disk.names() == []
 
 
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("is_set", [False, True])
+def test_a_power_loss_neither_sets_a_flag_nor_takes_it_back(seed, is_set):
+    disk = SimDisk(Random(seed))
+    disk.run(checkpoint.reserve())
+    disk.run(checkpoint.persist(RECORD))
+    if is_set:
+        disk.run(checkpoint.invalidate(RECORD))
+    disk.power_loss()
+    assert disk.run(checkpoint.load()) == (RECORD, is_set)
+
+
 def test_a_torn_flag_counts_as_set():
     disk = SimDisk(Random(1))
     disk.run(checkpoint.reserve())

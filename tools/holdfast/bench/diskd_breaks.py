@@ -196,4 +196,22 @@ DISKD_BREAKS: tuple[Break, ...] = (
         "            pass  # said by",
         ("tests/shell/test_diskd_overlay_ends.py",),
     ),
+    Break(
+        "failed-sync-swallowed",
+        "B5",
+        "a backup is committed although a sync of its files has failed",
+        "src/diskd/shell/incoming.py",
+        "            synced.result()\n",
+        "",
+        ("tests/shell/test_diskd_repository.py",),
+    ),
+    Break(
+        "invalidation-not-durable",
+        "B2",
+        "a power loss takes back that a checkpoint is invalid, and newer bytes are handed out as frozen ones",
+        "src/diskd/core/checkpoint.py",
+        "    yield Write(INVALID_FILE, 0, flag + bytes(_FLAG_BYTES - len(flag)))\n    yield Sync(INVALID_FILE)\n",
+        "    yield Write(INVALID_FILE, 0, flag + bytes(_FLAG_BYTES - len(flag)))\n",
+        ("tests/core/test_diskd_avhd.py",),
+    ),
 )
