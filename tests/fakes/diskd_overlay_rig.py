@@ -64,6 +64,8 @@ class FailingFiles(Files):
 
 
 class Rig:
+    """The layer, and beside it what its parent held at the cut and what the guest should read now."""
+
     def __init__(self, directory: Path, rng: random.Random) -> None:
         self.rng = rng
         self.model = bytearray(rng.randbytes(SIZE))

@@ -68,7 +68,7 @@ class Image:
         self.block_bytes = identity.geometry.block_bytes
         self.settings = settings
         self.files = opened.files
-        self.clock: Callable[[], int] = now_ns
+        self.clock: Callable[[], int] = now_ns  # by which the MRT is stamped
         self.shared = opened.shared
         self.opened_how = recovered.how
         self.opened_reason = recovered.reason
