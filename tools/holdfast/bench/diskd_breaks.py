@@ -214,4 +214,13 @@ DISKD_BREAKS: tuple[Break, ...] = (
         "flag + bytes(_FLAG_BYTES - len(flag)))\n",
         ("tests/core/test_diskd_avhd.py",),
     ),
+    Break(
+        "other-avhd-believed",
+        "B6",
+        "the AVHD of an earlier checkpoint, put back, is served in place of the standing one's",
+        "src/diskd/shell/forks.py",
+        "(head is None or head.checkpoint != frozen)",
+        "head is None",
+        ("tests/shell/test_diskd_library_killed.py",),
+    ),
 )
