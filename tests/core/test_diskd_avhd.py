@@ -46,6 +46,16 @@ def test_naming_another_mapped_copy_takes_no_space_and_is_all_or_nothing():
     assert disk.run(avhd.load_head()) == renewed
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_a_former_mapped_copy_is_not_named_again_after_a_power_loss(seed):
+    """Another host's, it may lie there still, of that host's very boot: older than what was merged since."""
+    disk = SimDisk(Random(seed))
+    disk.run(avhd.create(HEAD))
+    renewed = disk.run(avhd.renew(HEAD, "another"))
+    disk.power_loss()
+    assert disk.run(avhd.load_head()) == renewed
+
+
 def test_a_mapped_copy_that_is_not_named_for_sure_is_not_believed():
     for place in (0, 5, 12, 20, 139):
         disk = made()
@@ -226,6 +236,18 @@ def test_the_record_and_its_flag_on_disk():
     assert len(disk.peek(checkpoint.INVALID_FILE)) == before == 512  # no new space was needed
     disk.run(checkpoint.persist(attrs.evolve(RECORD, state="gone")))
     assert disk.names() == []
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("is_set", [False, True])
+def test_a_power_loss_neither_sets_a_flag_nor_takes_it_back(seed, is_set):
+    disk = SimDisk(Random(seed))
+    disk.run(checkpoint.reserve())
+    disk.run(checkpoint.persist(RECORD))
+    if is_set:
+        disk.run(checkpoint.invalidate(RECORD))
+    disk.power_loss()
+    assert disk.run(checkpoint.load()) == (RECORD, is_set)
 
 
 def test_a_torn_flag_counts_as_set():

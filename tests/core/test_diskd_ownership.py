@@ -1,5 +1,6 @@
 """Who may open an image: the table, and the record, raced by several daemons and crashed at every step."""
 
+import contextlib
 from random import Random
 
 import attrs
@@ -184,6 +185,38 @@ def test_one_that_slept_through_others_does_not_win():
     assert disk.run(ownership.check(second)) == second
 
 
+def test_who_was_overtaken_finds_out_however_often_the_sweeping_was_cut_short():
+    """Of two older records the one that its owner looks behind must not go first."""
+    ends = 0
+    for first in range(12):
+        for second in range(12):
+            disk = SimDisk(Random(1))
+            mine = disk.run(ownership.take(None, ME, 1))
+            for crash_at in (first, second):
+                disk.crash_in = crash_at
+                with contextlib.suppress(Crashed):
+                    disk.run(ownership.take(disk.run(ownership.load()), OTHER, 2))
+                disk.daemon_crash()
+            newest = disk.run(ownership.load())
+            assert newest is not None
+            if newest.daemon == OTHER:
+                ends += 1
+                with pytest.raises(Lost, match="n2"):
+                    disk.run(ownership.check(mine))
+    assert ends > 100
+
+
+def test_another_run_of_the_same_daemon_is_somebody_else():
+    """It may live still, without its lock: on storage that passes none on, or under a cloned machine id."""
+    disk = SimDisk(Random(1))
+    mine = disk.run(ownership.take(None, ME, 1))
+    taken = disk.run(ownership.take(mine, AGAIN, 2))
+    for script in (ownership.check(mine), ownership.note_lease(mine, 1, 1), ownership.leave(mine, "closed")):
+        with pytest.raises(Lost, match="n1"):
+            disk.run(script)
+    assert disk.run(ownership.check(taken)) == taken
+
+
 class Racer:
     """One daemon's script, one step at a time."""
 
@@ -278,7 +311,11 @@ def test_an_older_copy_of_the_lease_is_known_as_one():
         older = lease.decode(copy)
         with pytest.raises(Damaged, match=r"older copy: it says epoch .*--lost-lease"):
             ownership.check_lease(owner, older.sequence, older.epoch)
+    lost = lease.decode(disk.peek(lease.LEASE_FILE))
     owner, state = disk.run(lease.replace_lost(owner))
+    with pytest.raises(Damaged, match="older copy"):  # found again after all, its epoch is over all the same
+        ownership.check_lease(owner, lost.sequence, lost.epoch)
+    assert disk.run(ownership.load()) == owner
     assert (state.epoch, state.is_free) == (6, True)
     ownership.check_lease(owner, state.sequence, state.epoch)
     with pytest.raises(Refused):

@@ -9,8 +9,8 @@ from step_contract import steps
 
 from diskd.core import mrt, points, resize
 from diskd.core.changes import report
-from diskd.core.geometry import Geometry, Identity
-from diskd.core.steps import Replace
+from diskd.core.geometry import IMAGE_TOML, Geometry, Identity
+from diskd.core.steps import Remove, Replace, Step
 from diskd.errors import Damaged, Refused
 from diskd.sim.disk import Crashed
 from diskd.sim.image import BLOCK_BYTES, SimImage
@@ -153,6 +153,58 @@ def test_an_intent_put_back_from_an_older_time_takes_nothing_back() -> None:
     crash(image, "daemon")
     for name, content in older.items():
         image.disk.run(steps(Replace(name, content)))
+    with pytest.raises(Damaged, match="older"):
+        image.power_on()
+
+
+def grown_alive(seed: int) -> tuple[SimImage, dict[str, bytes]]:
+    """Resized while it is served; and its files as they were when the intent had just become durable."""
+    image = prepared(seed)
+    taken: list[dict[str, bytes]] = []
+
+    def copy(_: Step) -> None:
+        names = image.disk.names()
+        if resize.FILE in names and not taken:
+            taken.append({name: image.disk.peek(name) for name in names})
+
+    image.disk.before_step = copy
+    image.spawn(image.random_resize())
+    image.settle()
+    image.disk.before_step = None
+    return image, taken[0]
+
+
+@pytest.mark.parametrize("names", [(), (mrt.FILE,)], ids=["the intent", "the MRT too"])
+@pytest.mark.parametrize("is_flushed", [False, True])
+def test_an_intent_put_back_after_its_resize_takes_back_nothing_tracked_since(
+    names: tuple[str, ...], is_flushed: bool
+) -> None:
+    """Of what was tracked there is only an open region, or only a newer bitmap, or nothing but a file's time:
+    each of them alone tells that the intent is older."""
+    image, older = grown_alive(4)
+    image.spawn(image.random_write())
+    image.settle()
+    if is_flushed:
+        image.spawn(image.flush())
+        image.settle()
+        assert not image.tracker.open_count
+    crash(image, "power")
+    for name in (resize.FILE, IMAGE_TOML, *names):
+        image.disk.run(steps(Replace(name, older[name])))
+        image.mrt_time_ns = image.now_ns if name == mrt.FILE else image.mrt_time_ns
+    with pytest.raises(Damaged, match="older"):
+        image.power_on()
+
+
+def test_an_intent_put_back_after_the_image_went_on_without_it_is_refused() -> None:
+    image = left_in_the_middle(4)
+    intent = image.disk.peek(resize.FILE)
+    image.disk.run(steps(Remove(resize.FILE)))
+    image.power_on()
+    image.spawn(image.random_write())
+    image.settle()
+    crash(image, "power")
+    image.disk.run(steps(Replace(resize.FILE, intent)))
     with pytest.raises(Damaged, match="older"):
         image.power_on()
 

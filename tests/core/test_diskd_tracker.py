@@ -54,6 +54,30 @@ def test_what_was_marked_during_a_cut_that_is_taken_back_is_flushed_and_then_clo
     assert not tracked.admit(200 * MiB, 4096), "its page was stored: it is closed, in memory first"
 
 
+def used(tracked: Tracker) -> dict[int, list[int]]:
+    """The pages that an answer unites, by interval."""
+    return {area.interval: pages.tolist() for area, pages in tracked.used_pages()}
+
+
+def test_an_answer_lacks_no_page_whatever_its_flush_or_cut_has_come_to() -> None:
+    """Written and not under a root yet, marked since, or of an interval without a file: all of it counts."""
+    tracked = opened(0, 200, 400)
+    pages = [block // PAGE_BLOCKS for block in (0, 200 * MiB // 4096, 400 * MiB // 4096)]
+    assert len(set(pages)) == 3
+    assert tracked.admit(0, 4096)
+    begun = tracked.begin_flush()
+    assert begun is not None
+    assert used(tracked) == {1: pages[:1]}, "on its way"
+    assert tracked.admit(200 * MiB, 4096)
+    assert used(tracked) == {1: pages[:2]}
+    prepare(tracked)
+    tracked.freeze(POINT)
+    assert tracked.admit(400 * MiB, 4096)
+    assert used(tracked) == {1: pages[:2], 2: pages[2:]}, "frozen, and not persisted"
+    tracked.end_flush(begun, attrs.evolve(begun.root, slots=bytes([0]) + begun.root.slots[1:]))
+    assert used(tracked) == {1: pages[:2], 2: pages[2:]}
+
+
 def test_a_region_marked_before_a_freeze_stays_open_over_the_end_of_a_flush() -> None:
     """The flush had copied its page before the mark; the interval that has the mark is not durable yet."""
     tracked = opened(0, 5)

@@ -33,10 +33,11 @@ STEPS = [
 
 
 class CrashingFiles(RepositoryFiles):
-    """Stops before step ``at`` (counted from 0), or never."""
+    """Stops before step ``at`` (counted from 0), or never; with an ``error`` only step ``at`` (from 1) fails,
+    and ``failed`` says which that was."""
 
     def __init__(self, at=None, error=None):
-        self.at, self.steps, self.error = at, 0, error
+        self.at, self.steps, self.error, self.failed = at, 0, error, None
 
 
 def _step(name):
@@ -47,6 +48,7 @@ def _step(name):
             raise Crash  # And again at every later step: a dead process does nothing.
         self.steps += 1
         if self.error is not None and self.steps == self.at:
+            self.failed = name
             raise self.error
         return real(self, *arguments)
 

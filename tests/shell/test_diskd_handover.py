@@ -287,3 +287,25 @@ async def test_a_failed_image_is_given_away_for_recovery(storage: Hosts, verb: s
         assert await get((await opened(two, "web@3")).device, MiB, 4096) == b"1" * 4096
         extents = (await two.changes("web", point)).extents
         assert any(start <= MiB and MiB + 4096 <= start + length for start, length in extents)
+
+
+@pytest.mark.parametrize("verb", ["release", "hand over"])
+async def test_a_failed_image_is_not_given_away_while_this_host_may_still_write_to_it(
+    storage: Hosts, verb: str
+):
+    """What a sync could not write lies in this host's memory. Written out later, it would come over what the
+    next one writes; so it is synced first, every file of it, and where that fails the image stays here."""
+    async with storage.serving("n1") as one, storage.serving("n2", "host2") as two:
+        await leased(one)
+        await put((await opened(one, "web@1")).device, MiB, b"1" * 4096)
+        image = one.opened("web")
+        image.image.fail("a flush failed")
+        await one.acquire_lease("web", 2, "n1/web")
+        await one.release_lease("web", 2, "n1/web")
+        unwritten = storage.root / "images" / "web" / "late"
+        unwritten.symlink_to("/proc/self/status")  # a file whose sync fails, wherever it lies
+        with pytest.raises(Refused):
+            await (one.release_image("web") if verb == "release" else one.hand_over("web", 3, "n2/web"))
+        with pytest.raises(Refused, match=r"belongs to diskd n1|served by diskd n1"):
+            await two.open_image("web")
+        unwritten.unlink()

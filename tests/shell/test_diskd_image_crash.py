@@ -121,11 +121,14 @@ async def test_writes_since_a_freeze_are_not_taken_for_changes_from_outside(plac
         assert blocks(image, point) == {7, 300}
 
 
-async def test_a_time_that_was_set_back_hides_no_change_from_outside(place: Place) -> None:
+@pytest.mark.parametrize("end", ["crash", "close"])
+async def test_a_time_that_was_set_back_hides_no_change_from_outside(place: Place, end: str) -> None:
     await create(place)
     async with open_image(place) as image:
         await cut(image, 1)
         await write_later(image, 7)
+        if end == "close":
+            await image.close()
     raw = place.directory / "disk.raw"
     was = raw.stat()
     deadline = time.monotonic() + 10

@@ -1,7 +1,9 @@
-"""An image in trouble: a disk that fills up within a join, a close with writes behind it, a cut given up."""
+"""An image in trouble: a disk that fills up within a join, a close with writes behind it, a cut given up, a
+question that a join overtakes, a disk that hangs longer than a stamp holds."""
 
 import errno
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,8 +11,10 @@ import pytest
 import trio
 from image_harness import MiB, Place, any_writer, cut, new_place, open_image
 
-from diskd.core import points
+from diskd.core import mrt, points
+from diskd.core.recovery import WRITE_NS_MAX
 from diskd.core.steps import Read, Replace, Step, Sync, Write, before_steps
+from diskd.errors import NoSuchPoint
 from diskd.shell.files import Files
 from diskd.shell.image import Image
 
@@ -151,6 +155,77 @@ async def test_a_first_touch_that_nobody_waits_for_any_more_is_seen_through(plac
             await trio.testing.wait_all_tasks_blocked()
         await any_writer(image).write(5 * MiB, b"y")
         await image.flush_tracking()
+        assert 5 * MiB // BLOCK in blocks(image, point)
+        await image.close()
+
+
+async def test_a_question_that_a_join_overtakes_is_asked_again(place: Place) -> None:
+    """It has looked up which intervals to unite, and waits for a thread; meanwhile two of them become one.
+    The file of the other is gone, and what it held is not: nobody is to be told to take a full backup."""
+    await Image.create(place.directory, 32 * MiB)
+    async with open_image(place) as image:
+        first = await cut(image, 1)
+        await any_writer(image).write(MiB, b"x")
+        second = await cut(image, 2)
+        await any_writer(image).write(2 * MiB, b"x")
+        await cut(image, 3)
+        found: dict[str, object] = {}
+
+        async def ask(point: str) -> None:
+            try:
+                report = await image.changes(point)
+                found[point] = [offset // MiB for offset, _ in report.extents]
+            except NoSuchPoint as error:
+                found[point] = str(error)
+
+        threads = trio.to_thread.current_default_thread_limiter()
+        threads.total_tokens = 1
+        async with trio.open_nursery() as nursery, threads:
+            nursery.start_soon(ask, first)
+            nursery.start_soon(ask, second)
+            with trio.fail_after(20):
+                while threads.statistics().tasks_waiting < 2:
+                    await trio.lowlevel.checkpoint()
+            await image.delete_point(second)
+            assert not (place.directory / "disk.rct.3").exists(), "joined with the one before it"
+        assert found[first] == [1, 2]
+        assert f"{second} is not known" in str(found[second]), "it was there when it was asked about, no more"
+        await image.close()
+
+
+class HangingDisk(Files):
+    """The first write of the MRT arrives ``hangs_ns`` after it was submitted, by a clock that tells it so."""
+
+    def __init__(self, directory: Path, hangs_ns: int) -> None:
+        super().__init__(directory)
+        self._behind_ns = hangs_ns
+
+    def clock(self) -> int:
+        return time.time_ns() - self._behind_ns
+
+    def _step(self, step: Step):
+        if isinstance(step, Write) and step.file == mrt.FILE:
+            self._behind_ns = 0
+        return super()._step(step)
+
+
+async def test_a_disk_that_hangs_longer_than_a_stamp_holds_costs_no_point(place: Place) -> None:
+    """The record of an open region arrives so late that its file is younger than it was said to become: as a
+    copy is that somebody has put back. So that is said once more."""
+    await Image.create(place.directory, 32 * MiB)
+    async with open_image(place) as image:
+        point = await cut(image, 1)
+        usual = image.files
+        hanging = image.files = HangingDisk(place.directory, mrt.STAMP_NS + 2 * WRITE_NS_MAX)
+        image.clock = hanging.clock
+        await any_writer(image).write(5 * MiB, b"x")
+        assert hanging.clock() > time.time_ns() - WRITE_NS_MAX, "it has hung, and hangs no more"
+        hanging.close()
+        image.files = usual
+        image.abandon()
+    place.lose_power()
+    async with open_image(place) as image:
+        assert (image.opened_how, image.opened_reason) == ("power_loss", None)
         assert 5 * MiB // BLOCK in blocks(image, point)
         await image.close()
 

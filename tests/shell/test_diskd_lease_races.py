@@ -14,6 +14,7 @@ from daemonkit.units import MiB
 from diskd.core import lease
 from diskd.errors import Fenced, Refused
 from diskd.shell.library import Library
+from diskd.shell.open_image import CONNECTIONS_MAX
 
 BLOCK = 4096
 SIZE = 8 * MiB
@@ -169,6 +170,50 @@ async def test_a_stale_client_that_knocks_for_ever_leaves_nothing_behind(storage
         image = library._images["a"]
         assert image._sessions == []
         assert library._exports._refusals.ask("a@1", 10**18) == 1999, "said once"
+
+
+async def test_connections_that_have_ended_are_not_counted(storage: Hosts):
+    async with storage.serving("n1") as library:
+        await library.create_image("a", SIZE)
+        for _ in range(CONNECTIONS_MAX + 1):
+            opened = await library.open("a", peer="test", drop=lambda _: None)
+            opened.close()
+
+
+async def test_what_is_under_way_as_an_image_is_lost_ends_before_its_files_are_closed(storage: Hosts):
+    """Their numbers would be other files' by then, to which a late write, or a merge, would go."""
+    async with storage.serving("n1") as library:
+        await library.create_image("a", SIZE)
+        await library.acquire_lease("a", 1, "n1/web")
+        opened = library.opened("a")
+        client = Client(library, "a@1")
+        await client.connect()
+        await client.export.device.write(0, b"0" * BLOCK)
+        gated = opened.image.layer = GatedLayer(opened.image)
+        closed_at: dict[str, bool] = {}
+
+        async def merge() -> None:
+            with opened.merging():
+                try:
+                    await trio.sleep_forever()
+                finally:
+                    closed_at["merge"] = opened.image.files._is_closed
+
+        async def write() -> None:
+            await client.write("late", 0, b"1" * BLOCK)
+            closed_at["write"] = opened.image.files._is_closed
+
+        with trio.fail_after(20):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(merge)
+                nursery.start_soon(write)
+                await gated.arrived.wait()
+                nursery.start_soon(opened.lose, "it was taken over")
+                await trio.testing.wait_all_tasks_blocked()
+                assert client.dropped
+                gated.gate.set()
+        assert (closed_at, client.ended) == ({"write": False, "merge": False}, {"late": 0})
+        assert opened.image.files._is_closed
 
 
 @pytest.mark.parametrize("seed", range(6))

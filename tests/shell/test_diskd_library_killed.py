@@ -239,6 +239,24 @@ async def test_the_avhd_of_another_image_is_not_put_over_this_one(tmp_path):
         assert "belongs to another image" in (library.image("b").reason or "")
 
 
+async def test_the_avhd_of_an_earlier_checkpoint_is_not_served_in_place_of_the_standing_ones(tmp_path):
+    """Put back by somebody: what was written since the later cut is not in it."""
+    place, kept = tmp_path / "root/images/a/checkpoint", tmp_path / "kept"
+    async with doomed(tmp_path) as library:
+        await library.create_image("a", SIZE)
+        first = await library.begin_checkpoint("web", DISKS, "", held_by="hand")
+        shutil.copytree(place, kept)
+        await first.end("discard")
+        second = await library.begin_checkpoint("web", DISKS, "", held_by="hand")
+    shutil.rmtree(place)
+    kept.rename(place)
+    async with open_library(tmp_path / "root", settings(tmp_path)) as library:
+        assert library.image("a").state == "damaged"
+        assert f"the AVHD of its checkpoint {second.checkpoint} is missing" in (
+            library.image("a").reason or ""
+        )
+
+
 def test_a_map_in_shared_memory_of_another_boot_is_not_believed(tmp_path):
     nonce = live_map.new_nonce(uuid4())
     LiveMap.create(tmp_path, nonce, b"\x01" * 16, "this boot").abandon()

@@ -96,3 +96,23 @@ async def test_a_flush_joins_no_sync_that_began_without_its_write(tmp_path: Path
         assert gated.begun == 2, "one more, and it serves all three"
     finally:
         file.close()
+
+
+async def test_a_change_of_the_file_is_noted_when_it_is_submitted_and_when_it_has_ended(
+    tmp_path: Path,
+) -> None:
+    """A punch may take minutes. After a crash, its end must not look like a change from outside (T4)."""
+    path = empty(tmp_path)
+    file = OpenFile(path)
+    seen: list[bytes] = []
+    try:
+        layer = RawLayer(file, file.size_bytes, lambda: seen.append(path.read_bytes()[4096:4097]))
+        assert layer.write_nowait(4096, b"x" * 4096)
+        assert seen == [b"\0"]
+        for may_trim in (True, False):
+            seen.clear()
+            await layer.write_zeroes(4096, 4096, may_trim=may_trim)
+            assert seen == [b"x", b"\0"]
+            await layer.write(4096, b"x" * 4096)
+    finally:
+        file.close()

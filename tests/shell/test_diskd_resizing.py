@@ -1,19 +1,24 @@
 """Growing images on real files: open, in use, refused, cut short, and finished at the next opening."""
 
+import contextlib
 import errno
 import os
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 import trio
 from image_harness import MiB, Place, any_writer, cut, new_place, open_image
 
 from daemonkit.diskd_api import BackupDisk
 from diskd.core import resize as core
+from diskd.core.geometry import RAW
 from diskd.core.inventory import LibrarySettings
-from diskd.core.steps import Allocate, Replace, Step
+from diskd.core.steps import Allocate, Replace, Step, Truncate
 from diskd.errors import Refused
 from diskd.shell import image_files, resizing
 from diskd.shell.files import Files
@@ -200,6 +205,136 @@ async def test_what_a_crash_cut_short_is_finished_at_the_next_opening(place: Pla
         assert not (place.directory / core.FILE).exists()
         report = image.changes_since(point)
         assert (report.extents, report.exact) == ([(MiB, 4096), (SIZE, SIZE)], True)
+
+
+class HeldSync(Files):
+    """Syncs of the raw file wait until ``go`` is set."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        self.waiting = 0
+        self.go = threading.Event()
+
+    def sync(self, name: str) -> None:
+        if name == RAW:
+            self.waiting += 1
+            assert self.go.wait(20)
+        super().sync(name)
+
+
+@contextlib.asynccontextmanager
+async def before_the_hold(image: Image) -> AsyncIterator[HeldSync]:
+    """What was begun in it goes on at its end: until then it may wait for the raw file's sync."""
+    usual, held = image.raw._files, HeldSync(image.directory)
+    image.raw._files = held
+    try:
+        yield held
+    finally:
+        held.go.set()
+        held.close()
+        image.raw._files = usual
+
+
+async def waits(held: HeldSync) -> None:
+    with trio.fail_after(20):
+        while not held.waiting:
+            await trio.lowlevel.checkpoint()
+
+
+async def test_a_cut_that_was_prepared_before_the_hold_is_in_the_way(place: Place) -> None:
+    await create(place)
+    async with open_image(place) as image:
+        refused: list[str] = []
+
+        async def grow() -> None:
+            try:
+                await resizing.grow(image, 2 * SIZE)
+            except Refused as error:
+                refused.append(str(error))
+
+        async with before_the_hold(image) as held, trio.open_nursery() as nursery:
+            nursery.start_soon(grow)
+            await waits(held)
+            await image.prepare_cut()
+            held.go.set()
+        assert "checkpoint" in refused[0]
+        assert (image.size_bytes, image.failure) == (SIZE, None)
+        async with image.held():
+            image.freeze("rp-0000000000000001")
+        await image.persist_cut()
+        await image.close()
+    async with open_image(place) as image:
+        assert (image.opened_how, image.size_bytes) == ("clean", SIZE)
+
+
+@pytest.mark.parametrize("sizes", [(2 * SIZE, 3 * SIZE), (3 * SIZE, 2 * SIZE)])
+async def test_of_two_resizes_at_once_one_is_carried_out_and_none_shrinks(
+    place: Place, sizes: tuple[int, int]
+) -> None:
+    await create(place)
+    async with open_image(place) as image:
+        point = await cut(image, 1)
+        grown: list[int] = []
+        refused: list[str] = []
+
+        async def grow(size: int) -> None:
+            try:
+                await resizing.grow(image, size)
+                grown.append(size)
+            except Refused as error:
+                refused.append(str(error))
+
+        async with before_the_hold(image) as held, trio.open_nursery() as nursery:
+            nursery.start_soon(grow, sizes[0])
+            await waits(held)
+            nursery.start_soon(grow, sizes[1])
+            with trio.fail_after(20):
+                while not image.raw._sync_turn.statistics().tasks_waiting:
+                    await trio.lowlevel.checkpoint()
+            held.go.set()
+        assert len(grown) == 1
+        assert "meanwhile" in refused[0]
+        assert image.size_bytes == grown[0] == (place.directory / RAW).stat().st_size
+        await any_writer(image).write(image.size_bytes - 4096, b"x" * 4096)
+        assert image.changes_since(point).extents == [(SIZE, grown[0] - SIZE)]
+        await image.close()
+    async with open_image(place) as image:
+        assert (image.opened_how, image.size_bytes) == ("clean", grown[0])
+
+
+class SlowToGrow(Files):
+    """The raw file has its new size only a while after that was begun, by the clock that stamps files."""
+
+    def _step(self, step: Step) -> Any:
+        result = super()._step(step)
+        if isinstance(step, Truncate):
+            begun, deadline = time.time_ns(), time.monotonic() + 10
+            path = self.directory / step.file
+            while path.stat().st_ctime_ns <= begun:  # the kernel keeps it in ticks
+                os.utime(path)
+                assert time.monotonic() < deadline
+        return result
+
+
+async def test_the_growing_of_the_raw_file_is_not_taken_for_a_change_from_outside(place: Place) -> None:
+    """The daemon dies before anybody writes: the last change of the raw file was the resize's own."""
+    await create(place)
+    async with open_image(place) as image:
+        point = await cut(image, 1)
+        await any_writer(image).write(MiB, b"x")
+        usual, slow = image.files, SlowToGrow(place.directory)
+        image.files = slow
+        await resizing.grow(image, 2 * SIZE)
+        slow.close()
+        image.files = usual
+        image.abandon()
+    # With a grain of 1 ns, set at the reopening, even a change right after what was noted is from outside.
+    later = attrs.evolve(place, settings=attrs.evolve(place.settings, tracking_flush_interval_ns=1))
+    async with open_image(later) as image:
+        assert (image.opened_how, image.opened_reason) == ("daemon_crash", None)
+        report = image.changes_since(point)
+        assert (report.extents, report.exact) == ([(MiB, 4096), (SIZE, SIZE)], True)
+        await image.close()
 
 
 class FullFiles(Files):

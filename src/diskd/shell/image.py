@@ -68,6 +68,7 @@ class Image:
         self.block_bytes = identity.geometry.block_bytes
         self.settings = settings
         self.files = opened.files
+        self.clock: Callable[[], int] = now_ns  # by which the MRT is stamped
         self.shared = opened.shared
         self.opened_how = recovered.how
         self.opened_reason = recovered.reason
@@ -321,12 +322,12 @@ class Image:
     async def perform(self, script: Script[T], *, refusable: bool = False) -> T:
         """Run a script on the image's files, to its end. A failure is final, except, where ``refusable``, a
         lack of space (nothing was changed then)."""
-        began_ns = now_ns()
+        began_ns = self.clock()
         try:
             with trio.CancelScope(shield=True):
                 result = await self.files.run(script)
-                if mrt.has_outlived_stamp(began_ns, now_ns()):
-                    await self.files.run(mrt.stamp(self.identity, now_ns()))
+                if mrt.has_outlived_stamp(began_ns, self.clock()):
+                    await self.files.run(mrt.stamp(self.identity, self.clock()))
                 return result
         except OSError as error:
             if not (refusable and error.errno in (errno.ENOSPC, errno.EDQUOT)):
@@ -374,7 +375,7 @@ class Image:
                 return
 
     async def _commit(self) -> None:
-        begun = self.tracker.begin_commit(now_ns(), may_be_written=self.layer is not self.raw)
+        begun = self.tracker.begin_commit(self.clock(), may_be_written=self.layer is not self.raw)
         if begun is not None:
             await self.perform(commit(self.tracker, begun))
             self.tracker.end_commit(begun)

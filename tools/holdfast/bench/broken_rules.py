@@ -20,9 +20,10 @@ from daemonkit.errors import OperatorError, UsageError
 from holdfast.bench import breaks
 from holdfast.bench.breaks import Break
 from holdfast.bench.cluster_breaks import CLUSTER_BREAKS
+from holdfast.bench.diskd_breaks import DISKD_BREAKS
 from holdfast.bench.target_breaks import TARGET_BREAKS
 
-BREAKS = (*CLUSTER_BREAKS, *breaks.BREAKS, *TARGET_BREAKS)
+BREAKS = (*CLUSTER_BREAKS, *breaks.BREAKS, *DISKD_BREAKS, *TARGET_BREAKS)
 ROOT = Path(__file__).resolve().parents[3]
 COPIED = ("src", "tools", "tests", "scenarios", "docs", "pyproject.toml", "README.md", "Makefile", "LICENSE")
 TESTS_FAILED = 1  # pytest's exit code for exactly that
