@@ -227,6 +227,23 @@ async def test_a_damaged_avhd_refuses_the_image(tmp_path, name):
     assert (path.parent / "disk.map").exists(), "what is left is left for whoever repairs it"
 
 
+@pytest.mark.parametrize("has_head", [False, True])
+async def test_half_of_a_head_does_not_keep_the_directory(tmp_path, has_head):
+    """A kill between the head's new content and its name. It stayed, and so did the directory, for ever."""
+    place = tmp_path / "root/images/a/checkpoint"
+    async with doomed(tmp_path) as library:
+        await library.create_image("a", SIZE)
+        if has_head:
+            await library.begin_checkpoint("web", DISKS, "", held_by="hand")
+        place.mkdir(exist_ok=True)
+        (place / ".head.4711.tmp").write_bytes(b"half")
+    async with open_library(tmp_path / "root", settings(tmp_path)) as library:
+        for standing in library.checkpoints():
+            await library.frozen(standing.checkpoint).end("discard")
+        await merged(library)
+        assert not place.exists()
+
+
 async def test_the_avhd_of_another_image_is_not_put_over_this_one(tmp_path):
     async with doomed(tmp_path) as library:
         for name in ("a", "b"):

@@ -14,6 +14,7 @@ from diskd.core.inventory import SpaceInfo
 from diskd.errors import Damaged
 from diskd.shell import live_map, low_disk
 from diskd.shell.held import Invalidate
+from diskd.shell.image_files import remove_halves
 from diskd.shell.live_map import LiveMap
 from diskd.shell.open_image import OpenImage
 from diskd.shell.overlay import OverlayLayer
@@ -113,8 +114,11 @@ async def _states(head: Head, live: LiveMap) -> AvhdMap:
 
 
 async def left_behind(image: OpenImage, frozen: str | None) -> Head | None:
-    """The head of an AVHD that was completed and not removed; half of one is cleaned up. ``frozen``: the
-    checkpoint whose AVHD must be there. Raises Damaged."""
+    """The head of an AVHD that was completed and not removed; half of one is cleaned up, and so is half of a
+    head, which would keep the directory for ever. ``frozen``: the checkpoint whose AVHD must be there. Raises
+    Damaged."""
+    directory = image.image.directory / avhd.DIRECTORY
+    await trio.to_thread.run_sync(remove_halves, directory)
     head = await image.files.run(avhd.load_head())
     if frozen is not None and (head is None or head.checkpoint != frozen):
         raise Damaged(
@@ -124,5 +128,5 @@ async def left_behind(image: OpenImage, frozen: str | None) -> Head | None:
     if head is None:
         await image.files.run(avhd.remove())
         with contextlib.suppress(OSError):
-            (image.image.directory / avhd.DIRECTORY).rmdir()
+            directory.rmdir()
     return head

@@ -176,7 +176,12 @@ def _remove_orphans(directory: Path, catalogue: Catalogue) -> None:
     known = {segment.interval for segment in catalogue.segments}
     for path in directory.iterdir():
         number = interval.parse_file_name(path.name)
-        if (number is not None and number not in known) or (
-            path.name.startswith(".") and path.name.endswith(".tmp")
-        ):
+        if number is not None and number not in known:
             path.unlink()
+    remove_halves(directory)
+
+
+def remove_halves(directory: Path) -> None:
+    """The new content of small files that a killed daemon had not yet renamed to them. Raises OSError."""
+    for path in directory.glob(".*.tmp"):
+        path.unlink()
