@@ -182,6 +182,8 @@ def _remove_orphans(directory: Path, catalogue: Catalogue) -> None:
 
 
 def remove_halves(directory: Path) -> None:
-    """The new content of small files that a killed daemon had not yet renamed to them. Raises OSError."""
+    """The new content of small files that a killed daemon had not yet renamed to them. What cannot be removed
+    stays: it is no reason to refuse an image."""
     for path in directory.glob(".*.tmp"):
-        path.unlink()
+        with contextlib.suppress(OSError):
+            path.unlink()
