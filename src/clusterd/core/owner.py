@@ -12,6 +12,7 @@ import attrs
 
 from clusterd.core import effects, events
 from clusterd.core.desk import Desk
+from clusterd.core.doubts import doubt_key, doubt_of
 from clusterd.core.fencing import STOP_REASONS, UNSPAWNED, LocalRun, Phase, Step
 from clusterd.core.isolation import period_ns
 from clusterd.core.records import Assignment, ConfirmedDead, Run
@@ -224,9 +225,26 @@ class Owner:
             run.step(Step.DROPPED)
         if run.phase is Phase.ENDED:
             del self.runs[run.vm]
+        elif self._is_doubted(run, assignment):
+            self._tell_found(run)
         elif assignment is not None and run.can(Step.STOP) and self._has_taken_over(assignment, run):
             self._stop(run, "stale", force=True)
         self._be_insistent(run)
+
+    def _is_doubted(self, run: LocalRun, assignment: Assignment | None) -> bool:
+        """Whether a recovery of the store that did not ask us has left open whether this run lives (S6)."""
+        doubt = doubt_of(self.desk, run.vm)
+        is_newer = assignment is None or assignment.epoch < run.epoch
+        is_going = run.phase is Phase.STOPPING
+        return doubt is not None and self.desk.name in doubt.nodes and is_newer and not is_going
+
+    def _tell_found(self, run: LocalRun) -> None:
+        doubt, key = doubt_of(self.desk, run.vm), doubt_key(run.vm)
+        if doubt is None or run.phase is not Phase.ONLINE:
+            return
+        if doubt.found is None or doubt.found.epoch < run.epoch:
+            found = attrs.evolve(doubt, found=run.as_record(self.desk.name, "online"))
+            self.store.write(("found", run.vm), self.store.same(key), [(key, found)])
 
     def _has_taken_over(self, assignment: Assignment, run: LocalRun) -> bool:
         """Whether the newer run has begun to take the leases: before, the leader may still cancel it."""
