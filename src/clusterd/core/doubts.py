@@ -6,7 +6,7 @@ heard nor proven dead the VM is held, whatever else would start it. A doubt abou
 
     with its word    its presence is settled after the doubt was recorded: no run lives there unassigned
     with its death   an operator's ``confirm-dead`` after the recovery
-    with the run     the node finds it alive, says so in the doubt (``found``), and the leader assigns it there
+    with the run     the node finds it alive, says so (``found``), and the leader assigns it there
 
 and the whole doubt ends once the owner has seen its own run alive, since a VM has one run.
 """
@@ -17,10 +17,12 @@ from clusterd.core.store_session import StoreSession
 
 
 def doubt_key(vm: str) -> str:
+    """Where the doubt about this VM is kept."""
     return f"vms/{vm}/doubt"
 
 
 def doubt_of(desk: Desk, vm: str) -> Doubt | None:
+    """What a recovery left open about this VM, None where it left nothing."""
     return desk.view.record(doubt_key(vm), Doubt)
 
 
@@ -30,7 +32,8 @@ def open_doubts(desk: Desk, vm: str) -> tuple[str, ...]:
     if doubt is None or _is_seen_alive(desk.view.current_run(vm)):
         return ()
     since = desk.view.create(doubt_key(vm))
-    return tuple(node for node in sorted(doubt.nodes) if not _is_cleared(desk, node, doubt.nodes[node], since))
+    nodes = sorted(doubt.nodes.items())
+    return tuple(node for node, boot in nodes if not _is_cleared(desk, node, boot, since))
 
 
 def _is_seen_alive(run: Run | None) -> bool:

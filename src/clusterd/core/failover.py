@@ -78,7 +78,8 @@ def judge(facts: Facts, properties: Properties) -> Verdict:
     nodes = ", ".join(facts.doubted)
     return Verdict(
         "hold",
-        f"{verdict.why}, but it may live on {nodes}, unseen since the store was rebuilt, and has no disks to fence",
+        f"{verdict.why}, but it has no disks to fence, and may live on {nodes}, unseen since the store was"
+        " rebuilt",
         " and ".join(f"{node} is back, or 'clusterctl node confirm-dead {node}'" for node in facts.doubted),
     )
 

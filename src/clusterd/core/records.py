@@ -293,8 +293,8 @@ FOUND_STATES: Final = ("online", "stalled", "stopping")  # of a run whose proces
 
 @attrs.frozen
 class Doubt:
-    """Of a store that was rebuilt: the VM may live, unseen, on each of ``nodes``, which were not asked (to the
-    boot that they had as far as is known). ``found``: the run, of the one that is back with it alive."""
+    """Of a store that was rebuilt: the VM may live, unseen, on each of ``nodes``, which were not asked (with
+    the boots that they had as far as is known). ``found``: the run, of the one that is back with it alive."""
 
     nodes: dict[str, str]
     found: Run | None = None

@@ -97,7 +97,7 @@ def vm_fate(known: Known, asked: dict[str, str], unasked: dict[str, str]) -> Fat
     if hidden is not None and (live is None or hidden[1] > live[1].epoch):
         return _elsewhere(known, *hidden)
     away = _away(known, asked)
-    if live is not None and (away is None or away.assignment is None or away.assignment.epoch < live[1].epoch):
+    if live is not None and (away is None or _epoch(away) < live[1].epoch):
         return _lives(known, *live)
     if away is not None:
         fate = away
@@ -124,7 +124,12 @@ def _away(known: Known, asked: dict[str, str]) -> Fate | None:
     has_leased = any(lease.epoch >= assignment.epoch for lease in known.leases)
     if known.config.disks and known.is_seen and not has_leased:
         return None  # it took no lease, so there was no process
-    return Fate("elsewhere", known.desired, assignment, _unseen(known, assignment.owner, assignment.epoch), why)
+    unseen = _unseen(known, assignment.owner, assignment.epoch)
+    return Fate("elsewhere", known.desired, assignment, unseen, why)
+
+
+def _epoch(fate: Fate) -> int:
+    return fate.assignment.epoch if fate.assignment is not None else 0
 
 
 def _unseen(known: Known, node: str, epoch: int) -> Run:
@@ -221,8 +226,8 @@ def _cautious(known: Known, fate: Fate, unasked: dict[str, str]) -> Fate:
     if not (config.disks or config.stateless):
         run = attrs.evolve(fate.run, pid=None) if fate.run is not None else None
         warning = (
-            f"it has no disks to fence: it is not started before {', '.join(sorted(unasked))} was heard, or is"
-            " confirmed dead"
+            f"it has no disks to fence: it is not started before {', '.join(sorted(unasked))} was heard,"
+            " or is confirmed dead"
         )
         return attrs.evolve(fate, run=run, doubts=unasked, warnings=(*fate.warnings, warning))
     if fate.kind == "elsewhere" or fate.desired == "offline" or known.is_seen or config.stateless:
