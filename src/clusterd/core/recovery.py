@@ -312,6 +312,12 @@ def _records(
         for key, value in base.values.items()
         if key in base.parsed and not key.startswith(("vms/", *DROPPED_HEADS))
     }
+    for key in found:
+        node = base.parsed[key]
+        if isinstance(node, records.NodeRecord) and node.window is not None:
+            # It may be that of an earlier isolation: a window may become longer, never shorter.
+            begun = attrs.evolve(node.window, elapsed_ns=0, ended=False)
+            found[key] = records.encode_record(attrs.evolve(node, window=begun))
     found["epoch"] = records.encode_record(records.EpochCounter(epoch))
     changes = base.parsed.get("vmset", records.VmSet()).changes
     found["vmset"] = records.encode_record(records.VmSet(changes + 1))
