@@ -79,6 +79,17 @@ def test_the_death_of_one_does_not_free_it_either_but_that_of_all_does(without: 
     story.online("lone", on="n1")
 
 
+def test_a_vm_that_no_picture_knew_is_back_with_its_node() -> None:
+    story, before = hidden(("run", "assignment", "spec"))
+    assert "lone" not in story.status["vms"]
+    story.do("start n2.clusterd")
+    story.do("start n3.clusterd")
+    story.online("lone", on="n3")
+    all_up(story)
+    story.world.run_for(10 * SECOND)
+    assert pids(story, "lone") == before
+
+
 def test_who_comes_back_first_with_it_alive_has_it() -> None:
     story, before = hidden()
     story.do("start n3.clusterd")

@@ -23,7 +23,7 @@ Keys lie under ``/holdfast/CLUSTER/``. Values are JSON objects, so that ``etcdct
 | ``vms/VM/request``  | VmRequest    | operator; removed by the leader when it acts on it   |
 | ``vms/VM/assignment``| Assignment  | the leader                                           |
 | ``vms/VM/run``      | Run          | the owner named by the assignment                    |
-| ``vms/VM/doubt``    | Doubt        | a recovery; a node in it, once; the leader ends it   |
+| ``vms/VM/doubt``    | Doubt        | a recovery; a node that it did not ask; the leader   |
 
 The leader guards each write by the create revision of ``leader`` and by the mod revision of what it
 read; the owner guards ``run`` by the mod revisions of ``assignment`` and ``run``. So a claim of a run and
@@ -166,6 +166,9 @@ class NodeRecord:
     window: Window | None = None
     exit_ages_ns: tuple[int, ...] = ()
     quarantine_elapsed_ns: int | None = None
+
+
+NOT_ASKED: Final = ""  # in the place of a VM's name: a recovery of the store did without the node
 
 
 @attrs.frozen

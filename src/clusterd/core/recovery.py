@@ -351,7 +351,7 @@ def _unsettled(
             assignment = fates[run.config.name].assignment
             if assignment is None or (assignment.owner, assignment.epoch) != (name, run.epoch):
                 stale.add(name)
-    moved = records.encode_record(records.MovedAway("", epoch))
+    moved = records.encode_record(records.MovedAway(records.NOT_ASKED, epoch))
     return {f"moves/{name}": moved for name in sorted(stale)}
 
 
