@@ -44,6 +44,9 @@ def test_an_older_run_does_not_take_the_vm_from_the_newer_one_of_a_node_that_was
     fate = made.fates["web"]
     assert fate.kind == "elsewhere" and fate.assignment is not None
     assert (fate.assignment.owner, fate.assignment.epoch) == ("n2", 7)
+    # One that nobody has recorded as begun takes nothing from a run that lives.
+    begun = planned(of_web(7, None), (t.LiveRun(WEB, 5, "online", "b1"),), silent_diskds={"main": "silent"})
+    assert begun.fates["web"].kind == "lives"
     # Both may have a run to stop before they are up again.
     assert {"moves/n1", "moves/n2"} <= made.records.keys()
 

@@ -262,8 +262,8 @@ class Owner:
         if doubt is None or run.phase is not Phase.ONLINE:
             return
         if doubt.found is None or doubt.found.epoch < run.epoch:
-            found = attrs.evolve(doubt, found=run.as_record(self.desk.name, "online"))
-            self.store.write(("found", run.vm), self.store.same(key), [(key, found)])
+            told = attrs.evolve(doubt, found=run.as_record(self.desk.name, "online"))
+            self.store.write(("found", run.vm), self.store.same(key), [(key, told)])
 
     def _has_taken_over(self, assignment: Assignment, run: LocalRun) -> bool:
         """Whether the newer run has begun to take the leases: before, the leader may still cancel it."""

@@ -97,7 +97,8 @@ def vm_fate(known: Known, asked: dict[str, str], unasked: dict[str, str]) -> Fat
     if hidden is not None and (live is None or hidden[1] > live[1].epoch):
         return _elsewhere(known, *hidden)
     away = _away(known, asked)
-    if live is not None and (away is None or _epoch(away) < live[1].epoch):
+    is_newer_recorded = away is not None and away.run is not None and away.run == known.run
+    if live is not None and not (is_newer_recorded and _epoch(away) > live[1].epoch):
         return _lives(known, *live)
     if away is not None:
         fate = away
@@ -128,8 +129,8 @@ def _away(known: Known, asked: dict[str, str]) -> Fate | None:
     return Fate("elsewhere", known.desired, assignment, unseen, why)
 
 
-def _epoch(fate: Fate) -> int:
-    return fate.assignment.epoch if fate.assignment is not None else 0
+def _epoch(fate: Fate | None) -> int:
+    return fate.assignment.epoch if fate is not None and fate.assignment is not None else 0
 
 
 def _unseen(known: Known, node: str, epoch: int) -> Run:
