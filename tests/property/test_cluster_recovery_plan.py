@@ -6,7 +6,7 @@ truth alone.
 """
 
 import attrs
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clusterd.core import records
@@ -26,7 +26,7 @@ class Truth:
     """``runs``: (node, epoch), in order. ``lives``: the last is alive. ``fenced``: so is the one before,
     though its leases are gone. ``begun``: a start of this (node, epoch) leased the first disk only.
     ``known``: how many of the runs the picture knows, and ``is_recorded`` whether it knows that the last of
-    them ended."""
+    them ended. ``is_bare``: it knows the assignment of that one, but nothing of the run."""
 
     config: VmConfig
     runs: tuple[tuple[str, int], ...]
@@ -36,6 +36,7 @@ class Truth:
     known: int
     is_recorded: bool
     released: bool
+    is_bare: bool = False
 
 
 @st.composite
@@ -71,6 +72,7 @@ def truths(draw: st.DrawFn) -> tuple[list[Truth], frozenset[str], bool]:
                 known,
                 ended and draw(st.booleans()),
                 not lives and begun is None and draw(st.booleans()),
+                draw(st.booleans()),
             )
         )
     asked = frozenset({"n1"}) | draw(st.frozensets(st.sampled_from(NODES)))
@@ -106,6 +108,8 @@ def picture(found: list[Truth]) -> Picture:
             state = "failed" if truth.is_recorded else "online"
             leased = len(truth.config.disks)
             values[f"{head}/assignment"] = records.Assignment(node, epoch)
+            if truth.is_bare:
+                continue
             values[f"{head}/run"] = records.Run(node, epoch, state, f"{node}-boot", leased=leased)
     values["epoch"] = records.EpochCounter(newest)
     kept = tuple((key, records.encode_record(value)) for key, value in sorted(values.items()))
@@ -139,7 +143,7 @@ def evidence(found: list[Truth], asked: frozenset[str], has_picture: bool) -> Ev
 def is_free(made: Plan, vm: str) -> bool:
     """Whether the leader would start it somewhere without waiting for anything."""
     spec = records.decode_record(records.VmSpec, vm, made.records[f"vms/{vm}/spec"])
-    if spec.desired == "offline":
+    if spec.desired == "offline" or f"vms/{vm}/doubt" in made.records:
         return False
     if f"vms/{vm}/assignment" not in made.records or f"vms/{vm}/run" not in made.records:
         return True
@@ -151,6 +155,7 @@ def is_known(truth: Truth, asked: frozenset[str], has_picture: bool) -> bool:
     return has_picture or any(node in asked for node, _ in live_runs(truth))
 
 
+@settings(max_examples=300)
 @given(truths())
 def test_what_lives_is_never_freed_and_no_epoch_comes_again(
     drawn: tuple[list[Truth], frozenset[str], bool],
@@ -182,6 +187,12 @@ def judge(truth: Truth, made: Plan, asked: frozenset[str]) -> None:
     if truth.lives or any(node in asked for node, _ in live_runs(truth)):
         could_hide = not truth.config.disks and truth.config.stateless
         assert could_hide or not is_free(made, vm)
+    if fate.assignment is not None and place in truth.runs:
+        # An epoch is one process: one that was used is nobody's to start.
+        assert fate.run is not None and fate.run.state not in UNSTARTED_RUN_STATES
+    if not truth.config.disks and not truth.config.stateless and truth.lives:
+        node, epoch = truth.runs[-1]
+        assert place == (node, epoch) if node in asked else node in fate.doubts
     if truth.lives:
         node, epoch = truth.runs[-1]
         begun_elsewhere = truth.begun is not None and truth.begun[0] not in asked

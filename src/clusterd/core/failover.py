@@ -29,6 +29,7 @@ from clusterd.core.properties import Properties
 from clusterd.core.records import Assignment, Run, VmRequest, VmSpec, Window
 from clusterd.core.types import FINAL_RUN_STATES, UNSTARTED_RUN_STATES
 
+FREEING: Final = ("start", "bury", "drain")  # what must not be while a run of it may live unseen
 RESTARTS_MAX: Final = 3  # in a row, without having been online for a while in between
 
 Kind = Literal["rest", "window", "start", "stop", "drain", "cancel", "forget", "bury", "hold", "failed"]
@@ -38,7 +39,7 @@ Kind = Literal["rest", "window", "start", "stop", "drain", "cancel", "forget", "
 class Facts:
     """All that counts. ``run``: of the assignment's epoch, else None. ``window``: the owner's, aged to now.
     ``grip``: what the mass-failure brake does to the owner. ``proven_dead``: this very run is known to have
-    ended (section 6 "Proven dead")."""
+    ended (section 6 "Proven dead"). ``doubted``: nodes on which it may live unseen (``doubts``)."""
 
     spec: VmSpec
     assignment: Assignment | None = None
@@ -52,6 +53,7 @@ class Facts:
     proven_dead: bool = False
     window: Window | None = None
     was_stable: bool = False
+    doubted: tuple[str, ...] = ()
 
 
 @attrs.frozen
@@ -70,6 +72,19 @@ class Verdict:
 
 def judge(facts: Facts, properties: Properties) -> Verdict:
     """The one verdict about this VM now."""
+    verdict = _judge(facts, properties)
+    if not facts.doubted or verdict.kind not in FREEING:
+        return verdict
+    nodes = ", ".join(facts.doubted)
+    return Verdict(
+        "hold",
+        f"{verdict.why}, but it has no disks to fence, and may live on {nodes}, unseen since the store was"
+        " rebuilt",
+        " and ".join(f"{node} is back, or 'clusterctl node confirm-dead {node}'" for node in facts.doubted),
+    )
+
+
+def _judge(facts: Facts, properties: Properties) -> Verdict:
     assignment, run = facts.assignment, facts.run
     if facts.spec.desired == "offline":
         return _offline(facts)

@@ -54,6 +54,10 @@ def _check_write(core: NodeCore, effect: WriteStore) -> None:
                 raise _broken(core, "S3", f"{key} is written from a minority")
             new = records.decode_record(records.Assignment, key, put.value)
             old = view.record(key, records.Assignment)
+            doubt = view.record(key.replace("/assignment", "/doubt"), records.Doubt)
+            found = doubt.found if doubt is not None else None
+            if found is not None and (found.node, found.epoch) == (new.owner, new.epoch):
+                continue  # nothing is started: it lives there since before the store was rebuilt
             if new.action == "run" and (old is None or new.epoch > old.epoch):
                 _check_start(core, key, new)
                 if old is not None and new.previous == old.owner:

@@ -11,6 +11,7 @@ import attrs
 
 from clusterd.core import effects, events
 from clusterd.core.desk import Desk
+from clusterd.core.doubts import open_doubts, settle_doubts
 from clusterd.core.failover import Facts, Verdict, judge
 from clusterd.core.membership import admission, in_contact, why_not_placed
 from clusterd.core.nodes import NodeRecords
@@ -62,6 +63,7 @@ class Leader:
             self.online_since.clear()
         self.nodes.refresh()
         self.held = list(self.nodes.held)
+        settle_doubts(self.desk, self.store)
         view = self.desk.view
         specs = {vm: spec for vm in view.vms() if (spec := view.spec(vm)) is not None}
         facts = {vm: self.facts(vm) for vm in specs}
@@ -87,7 +89,7 @@ class Leader:
         assignment, run = view.assignment(vm), view.current_run(vm)
         request = view.record(f"vms/{vm}/request", VmRequest)
         if assignment is None:
-            return Facts(spec, request=request)
+            return Facts(spec, request=request, doubted=open_doubts(desk, vm))
         owner = assignment.owner
         previous = assignment.previous
         if run is not None and run.state == "online":
@@ -108,6 +110,7 @@ class Leader:
             proven_dead=run is not None and self.nodes.proven_dead(run),
             window=record.window if record else None,
             was_stable=desk.now - since >= STABLE_NS,
+            doubted=open_doubts(desk, vm),
         )
 
     def _is_under_way(self, facts: Facts) -> bool:

@@ -12,6 +12,7 @@ import attrs
 from clusterd.core import braking, effects, quarantine, records
 from clusterd.core import commands as c
 from clusterd.core.desk import Desk
+from clusterd.core.doubts import doubt_of, open_doubts
 from clusterd.core.membership import in_contact, liveness, why_not_placed
 from clusterd.core.properties import parse_properties
 from clusterd.core.store_session import StoreSession
@@ -152,7 +153,13 @@ def _remove_vm(desk: Desk, command: c.RemoveVm) -> Change:
     ended = assignment is None or (run is not None and run.state in FINAL_RUN_STATES)
     if spec.desired != "offline" or not ended:
         raise Refused(f"VM {vm} is not offline: 'clusterctl vm stop {vm}' first")
-    keys = tuple(f"vms/{vm}/{part}" for part in ("spec", "assignment", "run", "request"))
+    doubted = open_doubts(desk, vm)
+    if doubted:
+        raise Refused(
+            f"VM {vm} may live on {', '.join(doubted)}, unseen since the store was rebuilt: bring it back, or"
+            " 'clusterctl node confirm-dead' it"
+        )
+    keys = tuple(f"vms/{vm}/{part}" for part in ("spec", "assignment", "run", "request", "doubt"))
     return Change(keys, deletes=keys, text=f"VM {vm} removed; its images are kept")
 
 
@@ -258,6 +265,8 @@ def _remove_node(desk: Desk, command: c.RemoveNode) -> Change:
             guards.append(f"vms/{vm}/assignment")
             if run is None or run.state not in FINAL_RUN_STATES:
                 raise Refused(f"VM {vm} belongs to {node}: fail it over, or confirm that {node} is dead")
+        if node in open_doubts(desk, vm):
+            raise Refused(f"VM {vm} may live on {node}: 'clusterctl node confirm-dead {node}' first")
     # What was confirmed stays: a VM may still wait for the proof, and a boot id never comes back.
     deletes = tuple(f"{kind}/{node}" for kind in ("members", "nodes", "moves", "goodbyes"))
     return Change(tuple(guards), deletes=deletes, text=f"{node} removed")
@@ -305,6 +314,9 @@ def _unproven_boots(desk: Desk, node: str) -> list[str]:
         is_awaited = run is None or not run.has_disks()
         if is_awaited and taken is not None and taken.last_node == node and presence is None:
             boots.add(taken.last_boot)  # given to another, whose diskd waits for this proof
+        doubt = doubt_of(desk, vm)
+        if doubt is not None and node in open_doubts(desk, vm):
+            boots.add(doubt.nodes[node])
     if presence is not None:
         boots.add(presence.boot_id)
     return sorted(boots)

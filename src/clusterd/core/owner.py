@@ -12,9 +12,10 @@ import attrs
 
 from clusterd.core import effects, events
 from clusterd.core.desk import Desk
+from clusterd.core.doubts import doubt_key, doubt_of
 from clusterd.core.fencing import STOP_REASONS, UNSPAWNED, LocalRun, Phase, Step
 from clusterd.core.isolation import period_ns
-from clusterd.core.records import Assignment, ConfirmedDead, Run
+from clusterd.core.records import NOT_ASKED, Assignment, ConfirmedDead, Doubt, MovedAway, Run, VmSet, VmSpec
 from clusterd.core.state import Intent
 from clusterd.core.store_session import StoreSession
 from clusterd.core.store_view import StoreView
@@ -224,9 +225,45 @@ class Owner:
             run.step(Step.DROPPED)
         if run.phase is Phase.ENDED:
             del self.runs[run.vm]
+        elif self._is_doubted(run, assignment) or self._is_unknown(run):
+            self._tell_found(run)
         elif assignment is not None and run.can(Step.STOP) and self._has_taken_over(assignment, run):
             self._stop(run, "stale", force=True)
         self._be_insistent(run)
+
+    def _is_doubted(self, run: LocalRun, assignment: Assignment | None) -> bool:
+        """Whether a recovery of the store that did not ask us has left open whether this run lives (S6)."""
+        doubt = doubt_of(self.desk, run.vm)
+        is_newer = assignment is None or assignment.epoch < run.epoch
+        is_going = run.phase is Phase.STOPPING
+        return doubt is not None and self.desk.name in doubt.nodes and is_newer and not is_going
+
+    def _is_unknown(self, run: LocalRun) -> bool:
+        """Whether a recovery that did not ask us knew nothing of this VM, and nothing was taken from us
+        since: its specification is then that of its run, as of the runs of those who were asked."""
+        view = self.desk.view
+        moved = view.record(f"moves/{self.desk.name}", MovedAway)
+        is_told = moved is not None and moved.vm == NOT_ASKED and run.epoch < moved.epoch
+        is_absent = view.spec(run.vm) is None and view.assignment(run.vm) is None
+        return is_told and is_absent and run.may_live() and run.phase is not Phase.STOPPING
+
+    def _tell_found(self, run: LocalRun) -> None:
+        doubt, key = doubt_of(self.desk, run.vm), doubt_key(run.vm)
+        if run.phase is Phase.ONLINE and self._is_unknown(run):
+            spec, found = f"vms/{run.vm}/spec", run.as_record(self.desk.name, "online")
+            guards = self.store.same(
+                spec, key, f"vms/{run.vm}/assignment", f"moves/{self.desk.name}", "vmset"
+            )
+            told = Doubt({self.desk.name: run.boot_id}, found)
+            images = self.desk.view.record("vmset", VmSet) or VmSet()
+            puts = [(spec, VmSpec(run.config)), (key, told), ("vmset", VmSet(images.changes + 1))]
+            self.store.write(("found", run.vm), guards, puts)
+            return
+        if doubt is None or run.phase is not Phase.ONLINE:
+            return
+        if doubt.found is None or doubt.found.epoch < run.epoch:
+            told = attrs.evolve(doubt, found=run.as_record(self.desk.name, "online"))
+            self.store.write(("found", run.vm), self.store.same(key), [(key, told)])
 
     def _has_taken_over(self, assignment: Assignment, run: LocalRun) -> bool:
         """Whether the newer run has begun to take the leases: before, the leader may still cancel it."""

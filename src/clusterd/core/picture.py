@@ -19,7 +19,7 @@ PICTURE_BYTES_MAX: Final = 256 << 20  # what the witness holds at most
 RECORDS_MAX: Final = 1 << 16
 KEPT_HEADS: Final = ("members/", "goodbyes/", "confirmed/", "nodes/", "presence/")
 KEPT_KEYS: Final = ("properties", "epoch", "vmset")
-KEPT_PARTS: Final = ("/spec", "/assignment", "/run")
+KEPT_PARTS: Final = ("/spec", "/assignment", "/run", "/doubt")
 
 
 @attrs.frozen

@@ -23,6 +23,7 @@ Keys lie under ``/holdfast/CLUSTER/``. Values are JSON objects, so that ``etcdct
 | ``vms/VM/request``  | VmRequest    | operator; removed by the leader when it acts on it   |
 | ``vms/VM/assignment``| Assignment  | the leader                                           |
 | ``vms/VM/run``      | Run          | the owner named by the assignment                    |
+| ``vms/VM/doubt``    | Doubt        | a recovery; a node that it did not ask; the leader   |
 
 The leader guards each write by the create revision of ``leader`` and by the mod revision of what it
 read; the owner guards ``run`` by the mod revisions of ``assignment`` and ``run``. So a claim of a run and
@@ -167,6 +168,9 @@ class NodeRecord:
     quarantine_elapsed_ns: int | None = None
 
 
+NOT_ASKED: Final = ""  # in the place of a VM's name: a recovery of the store did without the node
+
+
 @attrs.frozen
 class MovedAway:
     """Its mod revision is what the node's presence must be settled to before the node counts as up."""
@@ -287,6 +291,18 @@ class Run:
         return self.state not in UNSTARTED_RUN_STATES
 
 
+FOUND_STATES: Final = ("online", "stalled", "stopping")  # of a run whose process was seen
+
+
+@attrs.frozen
+class Doubt:
+    """Of a store that was rebuilt: the VM may live, unseen, on each of ``nodes``, which were not asked (with
+    the boots that they had as far as is known). ``found``: the run, of the one that is back with it alive."""
+
+    nodes: dict[str, str]
+    found: Run | None = None
+
+
 KINDS: Final[dict[str, type]] = {
     "id": ClusterId,
     "recovering": Recovering,
@@ -307,6 +323,7 @@ KINDS: Final[dict[str, type]] = {
     "/request": VmRequest,
     "/assignment": Assignment,
     "/run": Run,
+    "/doubt": Doubt,
 }
 
 R = TypeVar("R")

@@ -107,20 +107,24 @@ def plan(evidence: Evidence, request: Request) -> Plan:
     configs, desired, warnings = _specifications(evidence, view)
     asked = {name: testimony.boot_id for name, testimony in sorted(evidence.testimonies.items())}
     epoch = _newest_epoch(evidence, head, view) + EPOCH_MARGIN
+    told = (t.recovery for t in evidence.testimonies.values())
+    number = max([head.recovery, evidence.marks.recovery, *told]) + 1
+    # A boot that is not known has a word of its own, which no proof of before can be about.
+    boots = {name: view.parsed[f"presence/{name}"].boot_id for name in view.named("presence")}
+    unasked = {name: boots.get(name, f"unknown-{number}") for name in sorted(request.without)}
     fates: dict[str, Fate] = {}
     for vm, config in sorted(configs.items()):
         known = _known(evidence, view, vm, config, desired[vm])
-        fates[vm] = vm_fate(known, asked, is_everybody_asked=not request.without)
+        fates[vm] = vm_fate(known, asked, unasked)
         warnings += [f"VM {vm}: {text}" for text in fates[vm].warnings]
     return Plan(
         evidence.marks.store_id or "",
-        max([head.recovery, evidence.marks.recovery, *(t.recovery for t in evidence.testimonies.values())])
-        + 1,
+        number,
         epoch,
         condition,
         said,
         fates,
-        _records(view, configs, fates, epoch),
+        _records(view, configs, fates, epoch) | _unsettled(evidence, fates, unasked, epoch),
         tuple(warnings),
         tuple(sorted(request.without)),
         tuple(asked),
@@ -217,6 +221,9 @@ def _check_silent(evidence: Evidence, request: Request, base: _Base) -> None:
         is_over = assignment and run and run.epoch == assignment.epoch and run.state in FINAL_RUN_STATES
         if assignment is not None and not is_over:
             expected.setdefault(assignment.owner, f"VM {vm} is assigned to it")
+        doubt = base.parsed.get(f"vms/{vm}/doubt")
+        for node in doubt.nodes if doubt is not None else ():
+            expected.setdefault(node, f"VM {vm} may live on it, unseen since an earlier recovery")
     for lease in evidence.leases:
         holder = node_of(lease.holder)
         if holder is not None:
@@ -305,6 +312,12 @@ def _records(
         for key, value in base.values.items()
         if key in base.parsed and not key.startswith(("vms/", *DROPPED_HEADS))
     }
+    for key in found:
+        node = base.parsed[key]
+        if isinstance(node, records.NodeRecord) and node.window is not None:
+            # It may be that of an earlier isolation: a window may become longer, never shorter.
+            begun = attrs.evolve(node.window, elapsed_ns=0, ended=False)
+            found[key] = records.encode_record(attrs.evolve(node, window=begun))
     found["epoch"] = records.encode_record(records.EpochCounter(epoch))
     changes = base.parsed.get("vmset", records.VmSet()).changes
     found["vmset"] = records.encode_record(records.VmSet(changes + 1))
@@ -314,6 +327,7 @@ def _records(
             f"{head}/spec": records.VmSpec(config, fate.desired),
             f"{head}/assignment": fate.assignment,
             f"{head}/run": fate.run,
+            f"{head}/doubt": records.Doubt(fate.doubts) if fate.doubts else None,
         }
         for key, record in wanted.items():
             if record is None:
@@ -324,6 +338,21 @@ def _records(
         if owner is not None and fate.kind in ("lives", "elsewhere"):
             found.setdefault(f"members/{owner}", records.encode_record(records.Member(owner)))
     return found
+
+
+def _unsettled(
+    evidence: Evidence, fates: dict[str, Fate], unasked: dict[str, str], epoch: int
+) -> dict[str, bytes]:
+    """Whoever may have a stale run is not up before it has stopped it: what was taken from whom before is not
+    kept (its revisions were of another store), so it is said anew."""
+    stale = set(unasked)
+    for name, testimony in evidence.testimonies.items():
+        for run in testimony.runs:
+            assignment = fates[run.config.name].assignment
+            if assignment is None or (assignment.owner, assignment.epoch) != (name, run.epoch):
+                stale.add(name)
+    moved = records.encode_record(records.MovedAway(records.NOT_ASKED, epoch))
+    return {f"moves/{name}": moved for name in sorted(stale)}
 
 
 def document(made: Plan) -> dict[str, Any]:

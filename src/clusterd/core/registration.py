@@ -82,9 +82,11 @@ class Registration:
             puts.append((keys[1], records.Member(name)))  # back after a leave: admitted again
         deletes: tuple[str, ...] = (keys[2],) if said is not None and not self.is_gone else ()
         confirmed = desk.view.record(keys[3], records.ConfirmedDead)
-        if confirmed is not None and desk.identity.boot_id in confirmed.boots():
-            # We live: it is no proof about what runs here from now on. What it says of other boots stays.
-            others = tuple(boot for boot in confirmed.boots() if boot != desk.identity.boot_id)
+        mine = (desk.identity.boot_id, "")
+        if confirmed is not None and any(boot in mine for boot in confirmed.boots()):
+            # We live: it is no proof about what runs here from now on, nor is one of a boot that was not
+            # known, which might match again after another recovery. What it says of other boots stays.
+            others = tuple(boot for boot in confirmed.boots() if boot not in mine)
             if others:
                 puts.append((keys[3], attrs.evolve(confirmed, boot_id=others[0], also=others[1:])))
             else:

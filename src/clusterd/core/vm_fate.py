@@ -9,7 +9,11 @@
 The newest lease wins over an older run: a run whose disks were leased under a newer epoch is fenced already,
 and its node will stop it. A run that its owner recorded as ended holds nothing any more, whatever its lease
 says. Where a run could be hidden from us, by nodes that were not asked and without disks to fence it, the VM
-is not started by itself: it is set to *offline*, until an operator starts it.
+is not started before each of them was heard or is proven dead: a *doubt* about them is recorded (``doubts``).
+With disks whose leases nobody told, it is set to *offline*, until an operator starts it.
+
+An epoch is one process (S1): one that a node which was not asked may have used is never left as a start that
+the node could still make.
 """
 
 from typing import Any, Final, Literal
@@ -62,7 +66,7 @@ class Known:
 
 @attrs.frozen
 class Fate:
-    """What the store will say of the VM."""
+    """What the store will say of the VM. ``doubts``: nodes where it may live unseen, and their boots."""
 
     kind: Kind
     desired: Desired
@@ -70,6 +74,7 @@ class Fate:
     run: Run | None = None
     why: str = ""
     warnings: tuple[str, ...] = ()
+    doubts: dict[str, str] = attrs.field(factory=dict)
 
     def document(self) -> dict[str, Any]:
         owner = self.assignment.owner if self.assignment else None
@@ -80,29 +85,58 @@ class Fate:
             "epoch": epoch,
             "desired": self.desired,
             "why": self.why,
+            "doubted": sorted(self.doubts),
         }
 
 
-def vm_fate(known: Known, asked: dict[str, str], *, is_everybody_asked: bool) -> Fate:
-    """``asked``: the nodes that told what runs on them, with their boots."""
+def vm_fate(known: Known, asked: dict[str, str], unasked: dict[str, str]) -> Fate:
+    """``asked``: the nodes that told what runs on them, with their boots. ``unasked``: those that were left
+    out, with the boots that they had, or words that are no boot's."""
     live = max(known.lives, key=lambda told: told[1].epoch, default=None)
     hidden = _hidden_lease(known, asked)
     if hidden is not None and (live is None or hidden[1] > live[1].epoch):
         return _elsewhere(known, *hidden)
-    if live is not None:
+    away = _away(known, asked)
+    is_newer_recorded = away is not None and away.run is not None and away.run == known.run
+    if live is not None and not (is_newer_recorded and _epoch(away) > live[1].epoch):
         return _lives(known, *live)
-    assignment, run = known.assignment, known.run
-    if assignment is not None and assignment.owner not in asked:
-        if run is not None and run.state not in (*FINAL_RUN_STATES, *UNSTARTED_RUN_STATES):
-            return Fate("elsewhere", known.desired, assignment, run, "the last picture says so")
-        if assignment.given_back:
-            return Fate("elsewhere", known.desired, assignment, run, "it was given back to it")
-        fate = Fate(
-            "ended" if run else "unstarted", known.desired, assignment, run, "the last picture says so"
-        )
+    if away is not None:
+        fate = away
+    elif known.assignment is not None and known.assignment.owner not in asked:
+        kind: Kind = "ended" if known.run else "unstarted"
+        fate = Fate(kind, known.desired, known.assignment, known.run, "the last picture says so")
     else:
         fate = _ended(known, asked)
-    return fate if is_everybody_asked else _cautious(known, fate)
+    return _cautious(known, fate, unasked) if unasked else fate
+
+
+def _away(known: Known, asked: dict[str, str]) -> Fate | None:
+    """By the last picture it may run on a node that was not asked."""
+    assignment, run = known.assignment, known.run
+    if assignment is None or assignment.owner in asked:
+        return None
+    why = "the last picture says so"
+    if run is not None and run.state in FINAL_RUN_STATES:
+        return None
+    if run is not None and run.state not in UNSTARTED_RUN_STATES:
+        return Fate("elsewhere", known.desired, assignment, run, why)
+    if assignment.given_back:
+        return Fate("elsewhere", known.desired, assignment, run, "it was given back to it")
+    has_leased = any(lease.epoch >= assignment.epoch for lease in known.leases)
+    if known.config.disks and known.is_seen and not has_leased:
+        return None  # it took no lease, so there was no process
+    unseen = _unseen(known, assignment.owner, assignment.epoch)
+    return Fate("elsewhere", known.desired, assignment, unseen, why)
+
+
+def _epoch(fate: Fate | None) -> int:
+    return fate.assignment.epoch if fate is not None and fate.assignment is not None else 0
+
+
+def _unseen(known: Known, node: str, epoch: int) -> Run:
+    """A run that may live. Recorded as begun: its owner never starts this epoch again."""
+    reason, boot = "not asked when the store was rebuilt", known.boots.get(node, "")
+    return Run(node, epoch, "online", boot, reason=reason, leased=len(known.config.disks))
 
 
 def _hidden_lease(known: Known, asked: dict[str, str]) -> tuple[str, int] | None:
@@ -134,9 +168,7 @@ def _elsewhere(known: Known, node: str, epoch: int) -> Fate:
     )
     run = known.run
     if run is None or (run.node, run.epoch) != (node, epoch) or run.state in UNSTARTED_RUN_STATES:
-        boot = known.boots.get(node, "")
-        reason = "not asked when the store was rebuilt"
-        run = Run(node, epoch, "online", boot, reason=reason, leased=len(known.config.disks))
+        run = _unseen(known, node, epoch)
     why = f"it holds the lease of epoch {epoch} of its disks"
     stale = tuple(
         f"its run of epoch {other.epoch} on {on} is fenced by that lease, and will be stopped"
@@ -189,13 +221,20 @@ def _ended(known: Known, asked: dict[str, str]) -> Fate:
     return Fate("ended", known.desired, assignment, run, f"{node} has no run of it any more")
 
 
-def _cautious(known: Known, fate: Fate) -> Fate:
-    """S2: nothing that could run hidden is started anew without the operator's word."""
-    is_fenced = bool(known.config.disks) and known.is_seen
-    if fate.desired == "offline" or is_fenced or known.config.stateless:
+def _cautious(known: Known, fate: Fate, unasked: dict[str, str]) -> Fate:
+    """S2: nothing that could run hidden is started anew before that is ruled out."""
+    config = known.config
+    if not (config.disks or config.stateless):
+        run = attrs.evolve(fate.run, pid=None) if fate.run is not None else None
+        warning = (
+            f"it has no disks to fence: it is not started before {', '.join(sorted(unasked))} was heard,"
+            " or is confirmed dead"
+        )
+        return attrs.evolve(fate, run=run, doubts=unasked, warnings=(*fate.warnings, warning))
+    if fate.kind == "elsewhere" or fate.desired == "offline" or known.is_seen or config.stateless:
         return fate
     warning = (
-        "it could run on a node that was not asked, and nothing would fence it: it is set to offline;"
-        f" once that is ruled out, 'clusterctl vm start {known.config.name}'"
+        "it could run on a node that was not asked, and no diskd told its leases: it is set to offline;"
+        f" once that is ruled out, 'clusterctl vm start {config.name}'"
     )
     return attrs.evolve(fate, desired="offline", warnings=(*fate.warnings, warning))

@@ -3,7 +3,11 @@
 from holdfast.bench.breaks import Break
 
 _CLUSTER_TESTS = ("tests/core/test_cluster_rules.py", "tests/golden", "tests/property/test_cluster_chaos.py")
-_RECOVERY_TESTS = ("tests/property/test_cluster_recovery_plan.py", "tests/golden/test_cluster_recovery.py")
+_RECOVERY_TESTS = (
+    "tests/property/test_cluster_recovery_plan.py",
+    "tests/golden/test_cluster_recovery.py",
+    "tests/golden/test_cluster_recovery_doubt.py",
+)
 
 CLUSTER_BREAKS: tuple[Break, ...] = (
     Break(
@@ -104,6 +108,33 @@ CLUSTER_BREAKS: tuple[Break, ...] = (
         "src/clusterd/core/vm_fate.py",
         "if hidden is not None and (live is None or hidden[1] > live[1].epoch):",
         "if hidden is not None and live is not None and hidden[1] > live[1].epoch:",
+        _RECOVERY_TESTS,
+    ),
+    Break(
+        "doubt-forgotten",
+        "S2",
+        "the first node that is back after a recovery frees a VM without disks that may live on another",
+        "src/clusterd/core/failover.py",
+        "if not facts.doubted or verdict.kind not in FREEING:",
+        "if True:",
+        _RECOVERY_TESTS,
+    ),
+    Break(
+        "epoch-used-again",
+        "S1",
+        "a node that a recovery did not ask starts an epoch for the second time",
+        "src/clusterd/core/vm_fate.py",
+        "if known.config.disks and known.is_seen and not has_leased:",
+        "if True:",
+        ("tests/core/test_cluster_recovery_fates.py", *_RECOVERY_TESTS),
+    ),
+    Break(
+        "found-run-stopped",
+        "S6",
+        "the only run of a VM is stopped when its node, which a recovery did not ask, is back",
+        "src/clusterd/core/owner.py",
+        "return doubt is not None and self.desk.name in doubt.nodes and is_newer and not is_going",
+        "return False",
         _RECOVERY_TESTS,
     ),
     Break(
