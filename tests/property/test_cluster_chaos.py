@@ -7,8 +7,8 @@ import pytest
 
 from clusterd.sim.chaos import run_chaos
 
-SEEDS = range(1000, 1100)
-PER_HOST_SEEDS = range(2000, 2030)
+SEEDS = range(1000, 1060)
+PER_HOST_SEEDS = range(2000, 2020)
 GROUP = 20
 OLD_SEEDS = (1, 5, 7)  # none has failed yet; these are the longest of the first ones
 
