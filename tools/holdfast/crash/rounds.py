@@ -82,6 +82,8 @@ class Rounds:
         self._may_go: set[str] = set()  # what a prune of this round may have removed
         self._is_disturbed = False
         self._is_interrupted = False
+        # A full disk may have invalidated the checkpoint that was left (B2), its end not recorded yet.
+        self._may_be_spoilt = False
 
     async def tell(self, rounds: int) -> None:
         """Raises Violation."""
@@ -108,7 +110,7 @@ class Rounds:
             action = "resume"
         self._is_interrupted = False
         fault = rng.choice(_FAULTS) if rng.random() < 0.5 else None
-        self._is_disturbed = fault is not None or self._may_overflow
+        self._is_disturbed = fault is not None or self._may_overflow or self._may_be_spoilt
         guests = self._guests = Guests(self._machine, BUSY)
         asking = trio.CancelScope()
         async with trio.open_nursery() as nursery:
@@ -157,7 +159,7 @@ class Rounds:
                     self._target.disk.fill(int(moment * 300_000))
             case "source full":
                 if self._source_disk.is_small:
-                    self._guests.may_fail = True
+                    self._guests.may_fail = self._may_be_spoilt = True
                     self._source_disk.fill(int(moment * 300_000))
 
     async def _do(self, action: str, rng: Random) -> None:
@@ -229,6 +231,7 @@ class Rounds:
         self._answer(attempt)
         await self._adopt(report.point, [attempt])
         self.told["committed"] += 1
+        self._may_be_spoilt = False
         return report
 
     def _answer(self, attempt: Attempt) -> None:
