@@ -82,7 +82,7 @@ for _ in range(400):
 """
 
 
-@pytest.mark.skipif(not os.access("/dev/shm", os.W_OK), reason="a write on tmpfs stops at once when killed")
+@pytest.mark.skipif(not os.access("/dev/shm", os.W_OK), reason="needs /dev/shm, where a killed write stops")
 def test_a_killed_write_of_zeroes_tears_no_sector(tmp_path: Path) -> None:
     with tempfile.NamedTemporaryFile(dir="/dev/shm", prefix="holdfast-test-") as file:
         argv = [sys.executable, "-c", KILLED_WRITERS, file.name, "1"]
